@@ -1,0 +1,1 @@
+"""Continuous batching of one proposal and any number of aligners over a paged KV cache."""

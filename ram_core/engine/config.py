@@ -1,0 +1,37 @@
+"""Every knob of an engine, each default once. Never imports torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class AlignerSource:
+    """Where an aligner comes from: its name in the registry, and a local directory or hub id."""
+
+    name: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What to load and how much room to give it.
+
+    `proposal` is a local directory or a hub id. `device` "auto" takes CUDA if there, else CPU; `dtype`
+    "auto" takes the checkpoint's own on CUDA and float32 on CPU. `max_model_len` 0 takes the proposal's
+    (and the aligners') own limit. `kv_memory_bytes` 0 takes 60 % of what is free after loading on CUDA,
+    1 GiB on CPU. `max_batch` sequences run at once, at most `max_step_tokens` tokens enter a step, and
+    `max_queue` more sequences may wait.
+    """
+
+    proposal: str
+    aligners: tuple[AlignerSource, ...] = ()
+    device: str = "auto"
+    dtype: str = "auto"
+    max_model_len: int = 0
+    kv_memory_bytes: int = 0
+    page_size: int = 16
+    max_batch: int = 32
+    max_step_tokens: int = 512
+    max_queue: int = 256
+    trust_remote_code: bool = False
