@@ -1,0 +1,70 @@
+"""The score of every token under each resampling mode (docs/method.md; arXiv 2505.19700, Eq. 3 and Eq. 10).
+
+A score is an unnormalised log-probability at temperature 1; -inf is out of the support.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from ram_core.resampling.noise import Purpose, uniform_noise
+
+
+def score_product(
+    log_p: Float[Tensor, "batch vocab"],
+    log_weight: Float[Tensor, "batch vocab"],
+    nucleus: Bool[Tensor, "batch vocab"],
+) -> Float[Tensor, "batch vocab"]:
+    """`log (p · w)` on the nucleus, with the importance weight `w = q^strength`.
+
+    The exact target of Eq. 3, token by token: the limit of `candidates` for many candidates.
+    """
+    return (log_p + log_weight).masked_fill(~nucleus, -torch.inf)
+
+
+def score_nucleus(
+    log_weight: Float[Tensor, "batch vocab"], nucleus: Bool[Tensor, "batch vocab"]
+) -> Float[Tensor, "batch vocab"]:
+    """`log w` on the nucleus: the proposal only vetoes, the aligner chooses (the authors' code, "par")."""
+    return log_weight.masked_fill(~nucleus, -torch.inf)
+
+
+def draw_from(
+    mass: Float[Tensor, "batch vocab"], noise: Float[Tensor, "batch lanes"]
+) -> Int64[Tensor, "batch lanes"]:
+    """Inverse-CDF draws: `noise` in [0, 1) picks tokens in proportion to `mass` (need not sum to 1).
+
+    A token without mass is never drawn.
+    """
+    cumulative = mass.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    wanted = noise * total
+    # Rounding could lift `wanted` to the total itself, beyond every token.
+    wanted = torch.where(wanted < total, wanted, total * (1 - 2.0**-52))
+    return torch.searchsorted(cumulative, wanted.contiguous(), right=True).clamp(max=mass.shape[-1] - 1)
+
+
+def score_candidates(
+    log_p: Float[Tensor, "batch vocab"],
+    log_weight: Float[Tensor, "batch vocab"],
+    nucleus: Bool[Tensor, "batch vocab"],
+    temperature: Float[Tensor, " batch"],
+    num_candidates: Int64[Tensor, " batch"],
+    max_candidates: int,
+    seed: Int64[Tensor, " batch"],
+    position: Int64[Tensor, " batch"],
+) -> Float[Tensor, "batch vocab"]:
+    """The empirical law of the paper's algorithm as printed (Eq. 10), drawn afresh each step.
+
+    `num_candidates` independent draws from `p^(1/T)` renormalised on the nucleus, each with importance
+    weight `w^(1/T)`; a token drawn twice counts twice. Returned as a score at temperature 1, hence `T ·
+    log(count)`; temperatures are positive.
+    """
+    tempered = (log_p / temperature[:, None]).masked_fill(~nucleus, -torch.inf).softmax(-1)
+    noise = uniform_noise(seed, position, Purpose.CANDIDATES, max_candidates)
+    candidates = draw_from(tempered, noise)
+    is_wanted = torch.arange(max_candidates, device=log_p.device) < num_candidates[:, None]
+    count = torch.zeros_like(log_p).scatter_add_(1, candidates, is_wanted.float())
+    return score_product(temperature[:, None] * count.log(), log_weight, count > 0)

@@ -1,0 +1,187 @@
+"""One decoding step: propose, align, reduce.
+
+The order is: grammar mask, nucleus, score, gate, bias, temperature, truncation, draw. Rows are independent,
+everything is float32, there is no loop over rows and no look at the device's data from the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from ram_core.resampling.logits import Aligner, AlignerLogits, combine_aligners, log_probs
+from ram_core.resampling.modes import draw_from, score_candidates, score_nucleus, score_product
+from ram_core.resampling.noise import Purpose, uniform_noise
+from ram_core.resampling.nucleus import truncate
+from ram_core.resampling.params import Mode, StepFeatures, StepParams
+from ram_core.resampling.telemetry import Telemetry, aligner_mass, effective_sample_size, kl_divergence
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What a step yields, one entry a row.
+
+    `log_prob` and the `top_*` (most probable first) are of the law that was really sampled; for a greedy
+    row, of the law at temperature 1. They are NaN where the law has no closed form (`candidates`).
+    A row with `is_bad` had non-finite logits: its token means nothing.
+    """
+
+    token: Int64[Tensor, " batch"]
+    log_prob: Float[Tensor, " batch"]
+    top_token: Int64[Tensor, "batch top"]
+    top_log_prob: Float[Tensor, "batch top"]
+    telemetry: Telemetry
+    is_bad: Bool[Tensor, " batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Unnormalised log-probabilities at temperature 1, and how they came about."""
+
+    scores: Float[Tensor, "batch vocab"]
+    is_empirical: Bool[Tensor, " batch"]
+    telemetry: Telemetry
+
+
+def draw_tokens(
+    proposal_logits: Float[Tensor, "batch padded_vocab"],
+    aligner_logits: list[AlignerLogits],
+    params: StepParams,
+    features: StepFeatures,
+    *,
+    vocab_size: int,
+    eos_ids: Int64[Tensor, " eos"],
+    allowed: Bool[Tensor, "batch vocab"] | None = None,
+    bias: Float[Tensor, "batch vocab"] | None = None,
+) -> Draws:
+    """Draw every row's next token.
+
+    Args:
+        proposal_logits: the proposal's raw logits, any float dtype, padding rows of the embedding included.
+        aligner_logits: each aligner's raw logits for the rows that it takes part in.
+        params: what each row asked for.
+        features: which parts of the step any row needs.
+        vocab_size: size of the shared vocabulary; ids beyond it are never drawn.
+        eos_ids: tokens that end a text, for end-of-text priority.
+        allowed: a grammar's mask, put on both models before anything else.
+        bias: penalties and logit bias, added to the aligned scores.
+    """
+    proposal = log_probs(proposal_logits, vocab_size, allowed)
+    log_p, is_bad = proposal.log_p, proposal.is_bad
+    if features.is_aligned and aligner_logits:
+        aligner = combine_aligners(
+            aligner_logits, num_rows=len(log_p), vocab_size=vocab_size, allowed=allowed
+        )
+        is_bad = is_bad | aligner.is_bad
+        aligned = _align(log_p, aligner, params, features)
+    else:
+        aligned = _leave_alone(log_p)
+    scores = aligned.scores
+    if features.has_eos_priority:
+        scores = _end_where_proposed(scores, log_p, params.has_eos_priority, eos_ids)
+    if bias is not None:
+        scores = scores + bias
+    token, log_law = _reduce(scores, params, features)
+    log_law = log_law.masked_fill(aligned.is_empirical[:, None], torch.nan)
+    top_log_prob, top_token = log_law.topk(features.max_top_log_probs, dim=-1)
+    log_prob = log_law.gather(-1, token[:, None])[:, 0]
+    return Draws(token, log_prob, top_token, top_log_prob, aligned.telemetry, is_bad)
+
+
+# Below this a division by the temperature overflows float32; the draw is the arg max long before.
+_MIN_TEMPERATURE = 1e-5
+
+
+def _is_greedy(params: StepParams) -> Bool[Tensor, " batch"]:
+    return params.temperature < _MIN_TEMPERATURE
+
+
+def _leave_alone(log_p: Float[Tensor, "batch vocab"]) -> _Scores:
+    """The identity aligner: scores are the proposal's."""
+    zeros = log_p.new_zeros(len(log_p))
+    never = torch.zeros_like(zeros, dtype=torch.bool)
+    return _Scores(log_p, never, Telemetry(zeros, zeros, zeros, zeros, never))
+
+
+def _align(
+    log_p: Float[Tensor, "batch vocab"], aligner: Aligner, params: StepParams, features: StepFeatures
+) -> _Scores:
+    """Score the nucleus by each row's mode; gate; tell what was done."""
+    is_aligned = params.mode != Mode.PROPOSAL
+    nucleus = truncate(
+        log_p / params.proposal_temperature[:, None],
+        top_k=params.proposal_top_k if features.has_proposal_top_k else None,
+        top_p=params.proposal_top_p if features.has_proposal_top_p else None,
+    )
+    strength = aligner.strength[:, None]
+    # Strength 0 is the proposal even where q is 0: 0 · -inf must not become NaN.
+    log_weight = torch.where(strength > 0, strength * aligner.log_q, 0.0)
+    product = score_product(log_p, log_weight, nucleus)
+    is_nucleus_mode = (params.mode == Mode.NUCLEUS)[:, None]
+    exact = torch.where(is_nucleus_mode, score_nucleus(log_weight, nucleus), product)
+
+    kl_p_q = kl_divergence(log_p, aligner.log_q)
+    # An aligner that gives every token of the nucleus no mass at all has nothing to choose from.
+    is_empty = exact.amax(-1) == -torch.inf
+    is_fallback = is_aligned & ((kl_p_q > params.kl_threshold) | is_empty)
+    is_active = is_aligned & ~is_fallback
+    exact = torch.where(is_active[:, None], exact, log_p)
+
+    ess = effective_sample_size(log_p, log_weight, nucleus)
+    mass = aligner_mass(aligner.log_q, nucleus)
+    kl_pi_p = kl_divergence(exact.log_softmax(-1), log_p)
+    kl_p_q, kl_pi_p, ess, mass = (torch.where(is_aligned, x, 0.0) for x in (kl_p_q, kl_pi_p, ess, mass))
+    telemetry = Telemetry(kl_p_q, kl_pi_p, ess, mass, is_fallback)
+    if not features.max_candidates:
+        return _Scores(exact, torch.zeros_like(is_active), telemetry)
+    # A cold row has no candidates to draw: its arg max is the product's.
+    is_greedy = _is_greedy(params)
+    is_empirical = is_active & (params.mode == Mode.CANDIDATES) & ~is_greedy
+    empirical = score_candidates(
+        log_p,
+        log_weight,
+        nucleus,
+        torch.where(is_greedy, 1.0, params.temperature),
+        params.num_candidates,
+        features.max_candidates,
+        params.seed,
+        params.position,
+    )
+    return _Scores(torch.where(is_empirical[:, None], empirical, exact), is_empirical, telemetry)
+
+
+def _end_where_proposed(
+    scores: Float[Tensor, "batch vocab"],
+    log_p: Float[Tensor, "batch vocab"],
+    has_priority: Bool[Tensor, " batch"],
+    eos_ids: Int64[Tensor, " eos"],
+) -> Float[Tensor, "batch vocab"]:
+    """Leave only the end of text to rows that give it priority and whose proposal prefers it."""
+    proposed = log_p.argmax(-1)
+    is_forced = has_priority & torch.isin(proposed, eos_ids)
+    is_proposed = torch.arange(log_p.shape[-1], device=log_p.device) == proposed[:, None]
+    alone = torch.zeros_like(scores).masked_fill(~is_proposed, -torch.inf)
+    return torch.where(is_forced[:, None], alone, scores)
+
+
+def _reduce(
+    scores: Float[Tensor, "batch vocab"], params: StepParams, features: StepFeatures
+) -> tuple[Int64[Tensor, " batch"], Float[Tensor, "batch vocab"]]:
+    """Temperature, truncation, draw: the tokens, and the log-law they were drawn from."""
+    is_greedy = _is_greedy(params)
+    law = scores / torch.where(is_greedy, 1.0, params.temperature)[:, None]
+    if features.has_top_k or features.has_top_p or features.has_min_p:
+        keep = truncate(
+            law,
+            top_k=params.top_k if features.has_top_k else None,
+            top_p=params.top_p if features.has_top_p else None,
+            min_p=params.min_p if features.has_min_p else None,
+        )
+        law = law.masked_fill(~keep, -torch.inf)
+    log_law = law.log_softmax(-1)
+    noise = uniform_noise(params.seed, params.position, Purpose.TOKEN)
+    drawn = draw_from(log_law.exp(), noise)[:, 0]
+    return torch.where(is_greedy, scores.argmax(-1), drawn), log_law

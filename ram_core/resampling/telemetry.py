@@ -1,0 +1,57 @@
+"""What the aligner did to a step, in float32 and per row (a batch-summed KL would gate neighbours)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """One entry a row; rows without an aligner hold zeros. Divergences in nats, the rest fractions."""
+
+    kl_p_q: Float[Tensor, " batch"]
+    kl_pi_p: Float[Tensor, " batch"]
+    ess: Float[Tensor, " batch"]
+    aligner_mass: Float[Tensor, " batch"]
+    is_fallback: Bool[Tensor, " batch"]
+
+
+def kl_divergence(
+    log_a: Float[Tensor, "batch vocab"], log_b: Float[Tensor, "batch vocab"]
+) -> Float[Tensor, " batch"]:
+    """`KL(a‖b)` in nats over the whole vocabulary, with `0 · log 0 = 0`; +inf where b lacks a's support."""
+    a = log_a.exp()
+    terms = a * (log_a - log_b)
+    # Rounding can turn a true zero into -1e-8.
+    return torch.where(a > 0, terms, 0.0).sum(-1).clamp(min=0.0)
+
+
+def effective_sample_size(
+    log_p: Float[Tensor, "batch vocab"],
+    log_weight: Float[Tensor, "batch vocab"],
+    nucleus: Bool[Tensor, "batch vocab"],
+) -> Float[Tensor, " batch"]:
+    """`(Σ m w)² / Σ m w²` over the nucleus, with `m` its renormalised proposal mass; in (0, 1].
+
+    1 says that the aligner is indifferent; near 0 that it hangs on tokens which the proposal hardly offers.
+    0 where no token of the nucleus has any weight.
+    """
+    mass = log_p.masked_fill(~nucleus, -torch.inf).softmax(-1)
+    on_nucleus = log_weight.masked_fill(~nucleus, -torch.inf)
+    # The common factor cancels; taking out the largest weight keeps the squares from underflowing.
+    top = on_nucleus.amax(-1, keepdim=True)
+    weight = (on_nucleus - torch.where(top.isfinite(), top, 0.0)).exp()
+    weighted = mass * weight
+    square = (weighted * weight).sum(-1)
+    return torch.where(square > 0, weighted.sum(-1) ** 2 / square.clamp(min=1e-38), 0.0).clamp(max=1.0)
+
+
+def aligner_mass(
+    log_q: Float[Tensor, "batch vocab"], nucleus: Bool[Tensor, "batch vocab"]
+) -> Float[Tensor, " batch"]:
+    """`Σ q(v)` over the nucleus; near 0 the proposal never offers what the aligner wants."""
+    return (log_q.exp() * nucleus).sum(-1).clamp(max=1.0)
