@@ -1,0 +1,205 @@
+"""One attention function for every Hugging Face decoder, over paged KV memory.
+
+transformers calls it through its public `AttentionInterface`; what it needs to know of the batch travels in
+a context, because some models drop keyword arguments that they do not know. This backend gathers pages and
+runs PyTorch's scaled dot product: correct everywhere, quick on CPU, the reference for any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from ram_core.errors import CheckpointError
+from ram_core.models.kv import KvPool, LayerShape
+from ram_core.models.packing import PackedBatch
+
+ATTENTION_NAME = "ram_paged"
+"""The `attn_implementation` under which our function is registered."""
+
+
+class AttentionBackend(Protocol):
+    """Computes attention for one layer of the forward that is under way."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Tensor, "head token dim"],
+        key: Float[Tensor, "kv_head token dim"],
+        value: Float[Tensor, "kv_head token dim"],
+        scaling: float | None,
+        window: int | None,
+    ) -> Float[Tensor, "token head dim"]:
+        """Remember the new keys and values, and attend to all of each row's context."""
+
+
+_backend: ContextVar[AttentionBackend] = ContextVar("attention_backend")
+
+
+@contextmanager
+def attention_backend(backend: AttentionBackend) -> Iterator[None]:
+    """Serve every attention layer that runs inside the block by `backend`."""
+    token = _backend.set(backend)
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+def _attention(
+    module: nn.Module,
+    query: Float[Tensor, "1 head token dim"],
+    key: Float[Tensor, "1 kv_head token dim"],
+    value: Float[Tensor, "1 kv_head token dim"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **extras: Any,
+) -> tuple[Float[Tensor, "1 token head dim"], None]:
+    """The function that transformers calls; returns the output and no weights."""
+    for name in ("softcap", "s_aux"):
+        if extras.get(name) is not None:
+            raise CheckpointError(f"attention with `{name}` is not supported")
+    layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
+    out = _backend.get().attend(layer, query[0], key[0], value[0], scaling, sliding_window)
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+
+
+class ShapeProbe:
+    """Learns the KV shapes layer by layer from a forward of one token, whatever the config calls them."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, LayerShape] = {}
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        self.shapes[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
+        # A single token attends to itself with weight 1.
+        return value.repeat_interleave(query.shape[0] // key.shape[0], 0).transpose(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeView:
+    """Which pages each decode row reads, and which of the tokens in them it sees."""
+
+    pages: Tensor
+    mask: Tensor
+
+
+@dataclass(slots=True)
+class PagedAttention:
+    """Gathers each row's pages and runs `scaled_dot_product_attention` over them."""
+
+    batch: PackedBatch
+    pool: KvPool
+    _views: dict[int | None, _DecodeView] = field(default_factory=dict)
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float | None,
+        window: int | None,
+    ) -> Tensor:
+        self.pool.write(layer, self.batch.slots, key.transpose(0, 1), value.transpose(0, 1))
+        outs = []
+        if self.batch.num_decode:
+            outs.append(self._decode(layer, query[:, : self.batch.num_decode], scaling, window))
+        start = self.batch.num_decode
+        for row in range(self.batch.num_decode, len(self.batch.query_lens)):
+            end = start + self.batch.query_lens[row]
+            outs.append(self._prefill(layer, row, query[:, start:end], scaling, window))
+            start = end
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _decode(self, layer: int, query: Tensor, scaling: float | None, window: int | None) -> Tensor:
+        """All rows of one token in a single call; the heads of a group share their keys as queries do."""
+        num_heads, num_rows, dim = query.shape
+        view = self._decode_view(window, query.dtype)
+        keys = self.pool.keys[layer][view.pages].flatten(1, 2).transpose(1, 2)
+        values = self.pool.values[layer][view.pages].flatten(1, 2).transpose(1, 2)
+        grouped = query.transpose(0, 1).reshape(num_rows, keys.shape[1], -1, dim)
+        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=view.mask, scale=scaling)
+        return out.reshape(num_rows, num_heads, -1)
+
+    def _prefill(
+        self, layer: int, row: int, query: Tensor, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """One row of several tokens, over all of its context, cached or new."""
+        context = self.batch.host_context_lens[row]
+        pages = self.batch.page_table[row, : -(-context // self.batch.page_size)]
+        keys = self.pool.keys[layer][pages].flatten(0, 1)[:context].transpose(0, 1)
+        values = self.pool.values[layer][pages].flatten(0, 1)[:context].transpose(0, 1)
+        # Heads of a group go into the batch axis, over which keys are expanded without a copy.
+        grouped = query.reshape(keys.shape[0], -1, *query.shape[1:]).transpose(0, 1)
+        groups = grouped.shape[0]
+        mask = self._prefill_mask(row, window)
+        out = scaled_dot_product_attention(
+            grouped,
+            keys.expand(groups, -1, -1, -1),
+            values.expand(groups, -1, -1, -1),
+            attn_mask=mask,
+            scale=scaling,
+        )
+        return out.permute(2, 1, 0, 3).flatten(1, 2)
+
+    def _decode_view(self, window: int | None, dtype: torch.dtype) -> _DecodeView:
+        """Computed once a step and shared by all layers of one window."""
+        if window not in self._views:
+            self._views[window] = self._make_decode_view(window, dtype)
+        return self._views[window]
+
+    def _make_decode_view(self, window: int | None, dtype: torch.dtype) -> _DecodeView:
+        size = self.batch.page_size
+        rows = self.batch.num_decode
+        longest = max(self.batch.host_context_lens[:rows])
+        context = self.batch.context_lens[:rows, None]
+        table = self.batch.page_table[:rows, : -(-longest // size)]
+        first = torch.zeros_like(context)
+        if window is not None and window < longest:
+            # Only the pages that the window touches are read.
+            first = (context - window).clamp(min=0) // size
+            num_pages = min(table.shape[1], -(-window // size) + 1)
+            wanted = first + torch.arange(num_pages, device=table.device)
+            table = table.gather(1, wanted.clamp(max=table.shape[1] - 1))
+        position = first * size + torch.arange(table.shape[1] * size, device=table.device)
+        is_seen = position < context
+        if window is not None:
+            is_seen &= position >= context - window
+        mask = torch.zeros(is_seen.shape, dtype=dtype, device=table.device)
+        return _DecodeView(table, mask.masked_fill(~is_seen, -torch.inf)[:, None, None, :])
+
+    def _prefill_mask(self, row: int, window: int | None) -> Tensor:
+        """True where a query sees a key: not later, and within the window."""
+        if (row, window) not in self._masks:
+            context, length = self.batch.host_context_lens[row], self.batch.query_lens[row]
+            device = self.batch.slots.device
+            query_at = torch.arange(context - length, context, device=device)[:, None]
+            key_at = torch.arange(context, device=device)
+            is_seen = key_at <= query_at
+            if window is not None:
+                is_seen &= key_at > query_at - window
+            self._masks[row, window] = is_seen
+        return self._masks[row, window]

@@ -1,0 +1,63 @@
+"""Does a model say the same over pages as it says by itself? Asked of every model at load.
+
+Some families are silently wrong behind a custom attention function (recurrent or hybrid layers, biases that
+their own masks carry). So a packed, chunked run over pages is compared with the model's own plain forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ram_core.errors import CheckpointError
+from ram_core.models.attention import ATTENTION_NAME
+from ram_core.models.kv import KvPool
+from ram_core.models.packing import Row, pack
+from ram_core.models.paged import PagedModel
+
+_PAGE_SIZE = 4
+_LENGTH = 24
+_CHUNKS = ((0, 9), (9, 22), (22, 23), (23, 24))
+
+
+@torch.inference_mode()
+def check_conformance(paged: PagedModel, vocab_size: int) -> None:
+    """Refuse a model that computes something else in packed chunks than on its own.
+
+    Raises:
+        CheckpointError: the logits differ by more than rounding explains.
+    """
+    ids = torch.arange(2 * _LENGTH).mul(7919).remainder(vocab_size).view(2, _LENGTH)
+    ours = _chunked_logits(paged, ids)
+    plain = _plain_logits(paged, ids)
+    scale = plain.std().clamp(min=1e-6)
+    worst = ((ours - plain).abs().amax() / scale).item()
+    tolerance = 1e-3 if paged.model.dtype == torch.float32 else 0.25
+    if not worst <= tolerance:
+        kind = paged.model.config.model_type
+        raise CheckpointError(
+            f"`{paged.name}`: a `{kind}` model gives other logits over paged KV memory than by itself "
+            f"(worst difference {worst:.2g} standard deviations, limit {tolerance:g})"
+        )
+
+
+def _plain_logits(paged: PagedModel, ids: Tensor) -> Tensor:
+    """The model's own forward over each whole sequence, without a cache."""
+    paged.model.set_attn_implementation("eager")
+    try:
+        logits = paged.model(input_ids=ids.to(paged.device), use_cache=False).logits
+    finally:
+        paged.model.set_attn_implementation(ATTENTION_NAME)
+    return torch.as_tensor(logits[:, [end - 1 for _, end in _CHUNKS]]).float().transpose(0, 1)
+
+
+def _chunked_logits(paged: PagedModel, ids: Tensor) -> Tensor:
+    """The same positions, both sequences packed into one batch, chunk by chunk over scattered pages."""
+    pages_each = _LENGTH // _PAGE_SIZE
+    pool = KvPool(paged.geometry, 2 * pages_each + 1, _PAGE_SIZE, paged.device)
+    pages = [list(range(1 + row, 2 * pages_each + 1, 2))[::-1] for row in range(2)]
+    logits = []
+    for start, end in _CHUNKS:
+        rows = [Row(ids[row, start:end].tolist(), start, pages[row]) for row in range(2)]
+        logits.append(paged.forward(pack(rows, page_size=_PAGE_SIZE, device=paged.device), pool).float())
+    return torch.stack(logits)

@@ -1,0 +1,71 @@
+"""A Hugging Face causal LM, unchanged, that reads packed batches and keeps its KV in pages."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ram_core.errors import CheckpointError
+from ram_core.models.attention import AttentionBackend, PagedAttention, ShapeProbe, attention_backend
+from ram_core.models.kv import KvGeometry, KvPool
+from ram_core.models.packing import PackedBatch
+
+
+class PagedModel:
+    """Wraps a model loaded with `attn_implementation=ATTENTION_NAME`.
+
+    Raises:
+        CheckpointError: a layer of the model does not go through the attention interface.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, name: str) -> None:
+        self.model = model
+        self.name = name
+        self.device = model.device
+        self.geometry = self._learn_geometry()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters, tied ones once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    @torch.inference_mode()
+    def forward(self, batch: PackedBatch, pool: KvPool) -> Float[Tensor, "logit padded_vocab"]:
+        """Advance every row; return raw logits after each row's last token, for rows that want them."""
+        return self._call(batch.input_ids, batch.positions, batch.logit_tokens, PagedAttention(batch, pool))
+
+    def _call(
+        self, input_ids: Tensor, positions: Tensor, logit_tokens: Tensor, backend: AttentionBackend
+    ) -> Tensor:
+        with attention_backend(backend):
+            out = self.model(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=logit_tokens,
+            )
+        logits: Tensor = out.logits[0]
+        return logits
+
+    @torch.inference_mode()
+    def _learn_geometry(self) -> KvGeometry:
+        probe = ShapeProbe()
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        try:
+            self._call(zero, zero, zero, probe)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            kind = self.model.config.model_type
+            raise CheckpointError(
+                f"`{self.name}`: a `{kind}` model cannot run on packed batches: {error}"
+            ) from error
+        layers = sorted(probe.shapes)
+        if not layers or layers != list(range(self.model.config.get_text_config().num_hidden_layers)):
+            kind = self.model.config.model_type
+            raise CheckpointError(
+                f"`{self.name}`: not every layer of a `{kind}` model goes through the attention interface"
+            )
+        return KvGeometry(tuple(probe.shapes[layer] for layer in layers), self.model.dtype)
