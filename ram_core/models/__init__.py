@@ -1,0 +1,1 @@
+"""Hugging Face causal language models, unchanged: their files, their vocabulary, and KV memory in pages."""

@@ -1,0 +1,167 @@
+"""Tokenizers: loading them, and holding an aligner's vocabulary against the proposal's.
+
+An aligner weighs the proposal's candidates by their ids, so the same id must be the same string, cut from
+text in the same way. Never imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ram_core.errors import CheckpointError, VocabularyMismatch
+from ram_core.models.source import one_line, resolve_source
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+# Sections of tokenizer.json that decide how text is cut, by what we call them.
+_SECTIONS = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer"}
+# For tokenizers without a tokenizer.json: they must cut this alike.
+_SAMPLE = "  Naïve façade: 12345 e-mails, don't “quote” me…\n\tif x==1:\n\t\tÀ bientôt, 東京 🙂🏽 ﬁn"
+
+
+def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local directory, or of a hub id.
+
+    Raises:
+        CheckpointError: missing or broken files; the reason is one line.
+    """
+    from transformers import AutoTokenizer
+
+    directory = resolve_source(source, with_weights=False)
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES) and not any(
+        directory.glob("*.tiktoken")
+    ):
+        raise CheckpointError(f"`{source}` has no tokenizer (no tokenizer.json nor any other form of it)")
+    try:
+        return AutoTokenizer.from_pretrained(str(directory), trust_remote_code=trust_remote_code)
+    except Exception as error:  # Whatever a broken file makes of the libraries below.
+        reason = _broken_json(directory) or one_line(error)
+        raise CheckpointError(f"`{source}`: cannot read its tokenizer: {reason}") from None
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest id that a token has: ids from here on must not be sampled."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256, in hexadecimal, of the tokens in the order of their ids."""
+    canonical = json.dumps(_tokens_by_id(tokenizer), ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def check_same_vocabulary(
+    proposal: PreTrainedTokenizerBase, aligner: PreTrainedTokenizerBase, *, aligner_name: str
+) -> None:
+    """Refuse an aligner whose tokenizer is not the proposal's.
+
+    Raises:
+        VocabularyMismatch: where they differ first: an id, a size, a special token, or how text is cut.
+    """
+    difference = (
+        _token_difference(proposal, aligner)
+        or _special_difference(proposal, aligner)
+        or _cutting_difference(proposal, aligner)
+    )
+    if difference:
+        raise VocabularyMismatch(f"aligner `{aligner_name}` cannot follow the proposal: {difference}")
+
+
+def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> list[str | None]:
+    """Each id's token, added ones included; None where an id has none."""
+    vocab: dict[str, int] = tokenizer.get_vocab()
+    tokens: list[str | None] = [None] * (max(vocab.values(), default=-1) + 1)
+    # Should two tokens share an id, the order makes sure that it is always the same one that counts.
+    for token in sorted(vocab):
+        tokens[vocab[token]] = token
+    return tokens
+
+
+def _token_difference(proposal: PreTrainedTokenizerBase, aligner: PreTrainedTokenizerBase) -> str:
+    ours, theirs = _tokens_by_id(proposal), _tokens_by_id(aligner)
+    if ours == theirs:
+        return ""
+    pairs = zip_longest(ours, theirs)
+    token_id, our_token, their_token = next((i, a, b) for i, (a, b) in enumerate(pairs) if a != b)
+    if token_id < min(len(ours), len(theirs)):
+        return f"token {token_id} is {_quoted(our_token)} in the proposal and {_quoted(their_token)} in it"
+    return (
+        f"the proposal has {len(ours)} tokens and it has {len(theirs)}; "
+        f"the first that only one of them has is {token_id}, {_quoted(our_token or their_token)}"
+    )
+
+
+def _special_difference(proposal: PreTrainedTokenizerBase, aligner: PreTrainedTokenizerBase) -> str:
+    for name in ("eos_token", "bos_token"):
+        ours, theirs = getattr(proposal, name), getattr(aligner, name)
+        if ours != theirs:
+            return f"its `{name}` is {_quoted(theirs)} and the proposal's is {_quoted(ours)}"
+    return ""
+
+
+def _cutting_difference(proposal: PreTrainedTokenizerBase, aligner: PreTrainedTokenizerBase) -> str:
+    """How the same text becomes other tokens, though the tokens are the same."""
+    ours, theirs = _cutting_rules(proposal), _cutting_rules(aligner)
+    if ours is None or theirs is None:
+        same = proposal.encode(_SAMPLE) == aligner.encode(_SAMPLE)
+        return "" if same else "the tokens are the same, but it cuts the same text into others"
+    for name, rule in ours.items():
+        if rule != theirs.get(name):
+            return f"the tokens are the same, but its {name} differs, so that it cuts text into others"
+    return ""
+
+
+def _cutting_rules(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """What tokenizer.json says of cutting text, by name, ready to be compared; None without such a file."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    described = json.loads(backend.to_str())
+    rules = {said: _canonical(described.get(section)) for section, said in _SECTIONS.items()}
+    model = dict(described["model"])
+    rules["list of merges"] = model.pop("merges", None)
+    # A list holds scores too (Unigram); a mapping only says again which id a token has.
+    scores = model.pop("vocab", None)
+    rules["list of scores"] = scores if isinstance(scores, list) else None
+    rules["model of tokens"] = model
+    return rules
+
+
+def _canonical(section: Any) -> Any:
+    """The section without what makes no difference: wrappers of one step or none, and offsets."""
+    if isinstance(section, list):
+        return [_canonical(step) for step in section]
+    if not isinstance(section, dict):
+        return section
+    for steps in ("normalizers", "pretokenizers"):
+        if section.get("type") == "Sequence" and steps in section and len(section[steps]) <= 1:
+            return _canonical(section[steps][0]) if section[steps] else None
+    return {name: _canonical(value) for name, value in section.items() if name != "trim_offsets"}
+
+
+def _quoted(token: str | None) -> str:
+    return "nothing" if token is None else repr(token)
+
+
+def _broken_json(directory: Path) -> str:
+    """Which JSON file of the directory cannot be read, and where; "" if all can."""
+    for path in sorted(directory.glob("*.json")):
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            return f"{path.name} is broken ({one_line(error)})"
+    return ""

@@ -1,0 +1,109 @@
+"""The safetensors files of a checkpoint, judged by their headers: before a minute is spent on loading."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ram_core.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+_DTYPE_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# The length of the header comes first, as a little-endian integer of 8 bytes.
+_PREFIX_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """What a file says of one tensor; `dtype` is in safetensors' own names ("BF16")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_checkpoint_headers(directory: Path) -> dict[str, TensorHeader]:
+    """Every tensor of a checkpoint by name, over all its shards; reads no weights.
+
+    Raises:
+        CheckpointError: no safetensors, a missing shard, or a file that is cut off or corrupt.
+    """
+    headers: dict[str, TensorHeader] = {}
+    for path in _weight_files(directory):
+        headers |= read_header(path)
+    return headers
+
+
+def read_header(path: Path) -> dict[str, TensorHeader]:
+    """The tensors of one safetensors file, whose size must be what its header promises.
+
+    Raises:
+        CheckpointError: the file is cut off, too long, or no safetensors file.
+    """
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(_PREFIX_BYTES), "little")
+        if not 2 <= header_bytes <= num_bytes - _PREFIX_BYTES:
+            raise CheckpointError(f"{path.name} is cut off, or is no safetensors file")
+        header = file.read(header_bytes)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        tensors = {name: _tensor(entry) for name, entry in entries.items()}
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path.name} is corrupt: its header cannot be read") from None
+    promised = _PREFIX_BYTES + header_bytes + max(ends, default=0)
+    if num_bytes != promised:
+        kind = "cut off" if num_bytes < promised else "too long"
+        raise CheckpointError(f"{path.name} is {kind}: it has {num_bytes} bytes and should have {promised}")
+    return tensors
+
+
+def _tensor(entry: dict[str, Any]) -> TensorHeader:
+    """Raises ValueError, or what Python makes of a wrong type, if the entry contradicts itself."""
+    tensor = TensorHeader(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
+    start, end = entry["data_offsets"]
+    if tensor.dtype in _DTYPE_BYTES and end - start != math.prod(tensor.shape) * _DTYPE_BYTES[tensor.dtype]:
+        raise ValueError("a tensor's bytes are not those of its shape")
+    return tensor
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The shards, in the order of their names."""
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    if not (directory / INDEX_FILE).is_file():
+        pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
+        if pickles:
+            raise CheckpointError(
+                f"its weights are pickled ({pickles[0]}), which can run code; convert them to safetensors"
+            )
+        raise CheckpointError(f"it has no weights (neither {SINGLE_FILE} nor {INDEX_FILE})")
+    names = _shard_names(directory / INDEX_FILE)
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{len(missing)} of {len(names)} shards are missing, the first is {missing[0]}")
+    return [directory / name for name in names]
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        are_plain = all(Path(name).name == name and name.endswith(".safetensors") for name in names)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{index.name} is broken: no map of weights to shards can be read") from None
+    if not names or not are_plain:
+        raise CheckpointError(f"{index.name} names no shards, or files that are not safetensors beside it")
+    return names
