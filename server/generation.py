@@ -1,0 +1,258 @@
+"""From prompts to text: drives the engine for one HTTP request, whatever shape its answer takes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
+
+from ram_core.engine.client import EngineClient, EventStream
+from ram_core.engine.detokenizer import Detokenizer
+from ram_core.engine.messages import (
+    Event,
+    FailedEvent,
+    FinishReason,
+    Request,
+    StartedEvent,
+    StepTelemetry,
+    TokenEvent,
+)
+from ram_core.errors import EngineUnavailable
+from server.metrics import Meter, Outcome
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Tally:
+    """Sums over the aligned tokens of one choice; figures that are not finite are left out of the means."""
+
+    num_tokens: int = 0
+    num_fallbacks: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, telemetry: StepTelemetry) -> None:
+        self.num_tokens += 1
+        self.num_fallbacks += telemetry.is_fallback
+        for name in ("kl_p_q", "kl_pi_p", "ess", "aligner_mass"):
+            value: float = getattr(telemetry, name)
+            if math.isfinite(value):
+                self.sums[name] = self.sums.get(name, 0.0) + value
+                self.counts[name] = self.counts.get(name, 0) + 1
+
+    def merge(self, other: Tally) -> None:
+        self.num_tokens += other.num_tokens
+        self.num_fallbacks += other.num_fallbacks
+        for name, value in other.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + other.counts[name]
+
+    def mean(self, name: str) -> float | None:
+        return self.sums[name] / self.counts[name] if name in self.sums else None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one token added to choice `index`: text that is safe to send, and the tokens it is made of.
+
+    `tokens` travel with their text: they wait where it waits, and those inside a stop string are never told.
+    `finish_reason` and `tally` are set on the choice's last delta.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[TokenEvent, ...] = ()
+    is_first: bool = False
+    finish_reason: FinishReason | None = None
+    tally: Tally | None = None
+
+
+class _Choice:
+    """One growing answer."""
+
+    def __init__(self, index: int, request: Request, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._index = index
+        self._detokenizer = Detokenizer(tokenizer, request.sampling.stop, request.prompt_ids)
+        self._waiting: list[TokenEvent] = []
+        self._tally = Tally()
+        self.num_tokens = 0
+        self.finish_reason: FinishReason | None = None
+
+    def push(self, event: TokenEvent) -> Delta:
+        is_first = self.num_tokens == 0
+        self.num_tokens += 1
+        if event.telemetry is not None:
+            self._tally.add(event.telemetry)
+        self.finish_reason = event.finish_reason
+        text = ""
+        if event.finish_reason != "stop":
+            self._waiting.append(event)
+            text = self._detokenizer.push(event.token_id)
+        if event.finish_reason is not None:
+            text += self._detokenizer.flush()
+        if self._detokenizer.is_stopped:
+            self.finish_reason = "stop"
+        is_over = self.finish_reason is not None
+        tokens: tuple[TokenEvent, ...] = ()
+        if text or (is_over and not self._detokenizer.is_stopped):
+            tokens = tuple(self._waiting)
+            self._waiting.clear()
+        tally = self._tally if is_over else None
+        return Delta(self._index, text, tokens, is_first, self.finish_reason, tally)
+
+
+class Generation:
+    """The choices of all prompts of one request, as they grow.
+
+    Prompts have `num_choices` choices each, numbered through. Leaving the block stops whatever still runs.
+    """
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[Request],
+        meter: Meter,
+    ) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._meter = meter
+        self._choices = [
+            [
+                _Choice(first * request.num_choices + index, request, tokenizer)
+                for index in range(request.num_choices)
+            ]
+            for first, request in enumerate(requests)
+        ]
+        self._num_open = self.num_choices
+        self._streams: list[EventStream] = []
+        self._events: AsyncIterator[tuple[int, Event]]
+        self._exits = AsyncExitStack()
+        self._outcome: Outcome = "abort"
+
+    @property
+    def num_choices(self) -> int:
+        return sum(len(choices) for choices in self._choices)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(request.prompt_ids) for request in self._requests)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(choice.num_tokens for choices in self._choices for choice in choices)
+
+    async def __aenter__(self) -> Self:
+        """Admit every prompt, or none; raises what `EngineClient.submit` raises."""
+        async with AsyncExitStack() as exits:
+            for request in self._requests:
+                self._streams.append(await exits.enter_async_context(self._engine.submit(request)))
+            if len(self._streams) == 1:
+                self._events = _Single(self._streams[0])
+            else:
+                self._events = await exits.enter_async_context(_Merged(self._streams))
+            self._exits = exits.pop_all()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self._meter.ended(self._outcome)
+        await self._exits.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Delta:
+        """The next token's delta; raises the error of a choice that failed."""
+        while self._num_open:
+            source, event = await self._next_event()
+            if isinstance(event, StartedEvent):
+                self._meter.started(event.queue_s, len(self._requests[source].prompt_ids))
+            elif isinstance(event, FailedEvent):
+                self._outcome = "error"
+                raise event.error
+            else:
+                choice = self._choices[source][event.index]
+                if choice.finish_reason is None:
+                    return self._take(source, event, choice)
+        raise StopAsyncIteration
+
+    async def _next_event(self) -> tuple[int, Event]:
+        try:
+            return await anext(self._events)
+        except StopAsyncIteration:
+            self._outcome = "error"
+            raise EngineUnavailable("The engine ended before the answer did.") from None
+
+    def _take(self, source: int, event: TokenEvent, choice: _Choice) -> Delta:
+        delta = choice.push(event)
+        self._meter.token(delta.index, event.telemetry)
+        if delta.finish_reason is not None:
+            if event.finish_reason is None:
+                # A stop string was met, of which the engine knows nothing.
+                self._streams[source].cancel(event.index)
+            self._num_open -= 1
+            if not self._num_open:
+                reasons = {choice.finish_reason for choices in self._choices for choice in choices}
+                self._outcome = "length" if "length" in reasons else "stop"
+        return delta
+
+
+class _Single:
+    """Events of the only stream, in the shape of `_Merged`."""
+
+    def __init__(self, stream: EventStream) -> None:
+        self._events = aiter(stream)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Event]:
+        return 0, await anext(self._events)
+
+
+class _Merged:
+    """Events of several streams in the order of their arrival, each with its stream's number."""
+
+    def __init__(self, streams: Sequence[EventStream]) -> None:
+        self._streams = streams
+        self._arrived: asyncio.Queue[tuple[int, Event] | Exception | None] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._num_open = len(streams)
+
+    async def __aenter__(self) -> Self:
+        self._tasks = [
+            asyncio.create_task(self._pump(number, stream)) for number, stream in enumerate(self._streams)
+        ]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> tuple[int, Event]:
+        while self._num_open:
+            arrived = await self._arrived.get()
+            if isinstance(arrived, Exception):
+                raise arrived
+            if arrived is not None:
+                return arrived
+            self._num_open -= 1
+        raise StopAsyncIteration
+
+    async def _pump(self, number: int, stream: EventStream) -> None:
+        try:
+            async for event in stream:
+                self._arrived.put_nowait((number, event))
+        except Exception as error:
+            self._arrived.put_nowait(error)
+        else:
+            self._arrived.put_nowait(None)

@@ -1,0 +1,254 @@
+"""What the server counts: `ram_*` is the truth, `vllm:*` the same under the names that dashboards expect."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Literal
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from ram_core.engine.messages import EngineStats, StepTelemetry
+from server.settings import IDENTITY
+
+SEVERAL = "several"
+"""The label of requests that combine aligners: combinations are the client's choice, and so unbounded."""
+
+Outcome = Literal["stop", "length", "abort", "error"]
+OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "abort", "error")
+
+MAX_FIELD_NAMES = 64
+_FIELD_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+_LATENCY_BUCKETS_S = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_TOKEN_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 10.0)
+_NATS_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8)
+_FRACTION_BUCKETS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+logger = logging.getLogger(__name__)
+
+
+class Metrics:
+    """All metrics of one app, in a registry of its own."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._field_names: set[str] = set()
+        label = ("aligner",)
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(f"ram_{name}", text, label, registry=self.registry, buckets=tuple(buckets))
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = label) -> Counter:
+            return Counter(f"ram_{name}", text, labels, registry=self.registry)
+
+        self.first_token_s = histogram(
+            "time_to_first_token_seconds", "From arrival to the first token.", _LATENCY_BUCKETS_S
+        )
+        self.inter_token_s = histogram(
+            "inter_token_latency_seconds", "Between two tokens of a choice.", _TOKEN_BUCKETS_S
+        )
+        self.request_s = histogram(
+            "e2e_request_latency_seconds", "From arrival to the end of the answer.", _LATENCY_BUCKETS_S
+        )
+        self.queue_s = histogram("request_queue_time_seconds", "Waiting for a place.", _LATENCY_BUCKETS_S)
+        self.prompt_tokens = counter("prompt_tokens", "Tokens read.")
+        self.generation_tokens = counter("generation_tokens", "Tokens drawn.")
+        self.requests = counter("requests_finished", "Requests by how they ended.", ("aligner", "reason"))
+        self.kl_p_q = histogram("kl_p_q_nats", "KL(p||q) of each aligned token.", _NATS_BUCKETS)
+        self.kl_pi_p = histogram("kl_pi_p_nats", "KL(pi||p) of each aligned token.", _NATS_BUCKETS)
+        self.ess = histogram(
+            "ess_fraction", "Effective sample size of each aligned token.", _FRACTION_BUCKETS
+        )
+        self.aligned_tokens = counter("aligned_tokens", "Tokens drawn with an aligner in play.")
+        self.fallbacks = counter("fallbacks", "Aligned tokens at which the gate fell back to the proposal.")
+        self.http_requests = counter("http_requests", "Answers by route and status.", ("route", "status"))
+        self.unknown_fields = counter("unknown_fields", "Request fields that nobody knows.", ("field",))
+        self.registry.register(_EcosystemNames(self, model_name))
+
+    def open(self, aligners: tuple[str, ...], stats: Callable[[], EngineStats]) -> None:
+        """Create every label child, so that rates start at 0, and follow the engine's figures."""
+        for aligner in (IDENTITY, SEVERAL, *aligners):
+            self._create_children(aligner)
+        self.registry.register(_EngineFigures(stats))
+        self.registry.register(_ResidentAligners(aligners))
+
+    def _create_children(self, aligner: str) -> None:
+        by_aligner: tuple[Counter | Histogram, ...] = (
+            *(self.first_token_s, self.inter_token_s, self.request_s, self.queue_s),
+            *(self.prompt_tokens, self.generation_tokens, self.kl_p_q, self.kl_pi_p, self.ess),
+            *(self.aligned_tokens, self.fallbacks),
+        )
+        for metric in by_aligner:
+            metric.labels(aligner)
+        for outcome in OUTCOMES:
+            self.requests.labels(aligner, outcome)
+
+    def count_unknown_field(self, name: str) -> None:
+        """Count a field by its name, log it the first time; after many names, all new ones share a label."""
+        if name not in self._field_names:
+            if len(self._field_names) >= MAX_FIELD_NAMES or not _FIELD_NAME.fullmatch(name):
+                self.unknown_fields.labels("(other)").inc()
+                return
+            self._field_names.add(name)
+            logger.warning("Requests hold the unknown field `%s`; it is ignored.", name)
+        self.unknown_fields.labels(name).inc()
+
+
+class Meter:
+    """Measures one request; `arrived_s` is on `time.perf_counter`'s clock."""
+
+    def __init__(self, metrics: Metrics, aligner: str, arrived_s: float) -> None:
+        self._metrics = metrics
+        self._arrived_s = arrived_s
+        self._last_token_s: dict[int, float] = {}
+        self._first_token_s = metrics.first_token_s.labels(aligner)
+        self._inter_token_s = metrics.inter_token_s.labels(aligner)
+        self._queue_s = metrics.queue_s.labels(aligner)
+        self._request_s = metrics.request_s.labels(aligner)
+        self._prompt_tokens = metrics.prompt_tokens.labels(aligner)
+        self._generation_tokens = metrics.generation_tokens.labels(aligner)
+        self._kl_p_q = metrics.kl_p_q.labels(aligner)
+        self._kl_pi_p = metrics.kl_pi_p.labels(aligner)
+        self._ess = metrics.ess.labels(aligner)
+        self._aligned_tokens = metrics.aligned_tokens.labels(aligner)
+        self._fallbacks = metrics.fallbacks.labels(aligner)
+        self._aligner = aligner
+
+    def started(self, queue_s: float, num_prompt_tokens: int) -> None:
+        self._queue_s.observe(queue_s)
+        self._prompt_tokens.inc(num_prompt_tokens)
+
+    def token(self, choice: int, telemetry: StepTelemetry | None) -> None:
+        now = time.perf_counter()
+        if choice in self._last_token_s:
+            self._inter_token_s.observe(now - self._last_token_s[choice])
+        elif not self._last_token_s:
+            self._first_token_s.observe(now - self._arrived_s)
+        self._last_token_s[choice] = now
+        self._generation_tokens.inc()
+        if telemetry is not None:
+            self._aligned(telemetry)
+
+    def _aligned(self, telemetry: StepTelemetry) -> None:
+        self._aligned_tokens.inc()
+        self._fallbacks.inc(telemetry.is_fallback)
+        for metric, value in (
+            (self._kl_p_q, telemetry.kl_p_q),
+            (self._kl_pi_p, telemetry.kl_pi_p),
+            (self._ess, telemetry.ess),
+        ):
+            if not math.isnan(value):
+                metric.observe(value)
+
+    def ended(self, outcome: Outcome) -> None:
+        self._metrics.requests.labels(self._aligner, outcome).inc()
+        if outcome in ("stop", "length"):
+            self._request_s.observe(time.perf_counter() - self._arrived_s)
+
+
+class _EngineFigures(Collector):
+    """The engine's own figures, read when asked for."""
+
+    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        usage = stats.num_pages_used / stats.num_pages if stats.num_pages else 0.0
+        yield GaugeMetricFamily("ram_requests_running", "Sequences in the batch.", stats.num_running)
+        yield GaugeMetricFamily("ram_requests_waiting", "Sequences in the queue.", stats.num_waiting)
+        yield GaugeMetricFamily("ram_kv_pages_used", "Pages of KV memory in use.", stats.num_pages_used)
+        yield GaugeMetricFamily("ram_kv_pages_total", "Pages of KV memory.", stats.num_pages)
+        yield GaugeMetricFamily("ram_kv_usage_ratio", "Part of KV memory in use.", usage)
+        yield CounterMetricFamily("ram_engine_steps", "Steps of the engine.", stats.num_steps)
+
+
+class _ResidentAligners(Collector):
+    """What inference gateways read to route a request to where its aligner is; exactly one sample."""
+
+    def __init__(self, aligners: tuple[str, ...]) -> None:
+        self._aligners = aligners
+        self._changed_s = time.time()
+
+    def collect(self) -> Iterator[Metric]:
+        labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
+        info = GaugeMetricFamily("vllm:lora_requests_info", "Resident aligners.", labels=labels)
+        info.add_metric([str(len(self._aligners)), ",".join(self._aligners), ""], self._changed_s)
+        yield info
+
+
+class _EcosystemNames(Collector):
+    """Our figures, summed over aligners, under vLLM's names."""
+
+    def __init__(self, metrics: Metrics, model_name: str) -> None:
+        self._metrics = metrics
+        self._model_name = model_name
+        self._gauges = {
+            "ram_requests_running": "vllm:num_requests_running",
+            "ram_requests_waiting": "vllm:num_requests_waiting",
+            "ram_kv_usage_ratio": "vllm:kv_cache_usage_perc",
+        }
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        yield self._histogram("time_to_first_token_seconds", metrics.first_token_s)
+        yield self._histogram("inter_token_latency_seconds", metrics.inter_token_s)
+        yield self._histogram("e2e_request_latency_seconds", metrics.request_s)
+        yield self._histogram("request_queue_time_seconds", metrics.queue_s)
+        yield self._counter("prompt_tokens", metrics.prompt_tokens)
+        yield self._counter("generation_tokens", metrics.generation_tokens)
+        yield self._successes()
+
+    def _histogram(self, name: str, source: Histogram) -> Metric:
+        buckets: dict[str, float] = defaultdict(float)
+        total = 0.0
+        for sample in _samples(source):
+            if sample[0].endswith("_bucket"):
+                buckets[sample[1]["le"]] += sample[2]
+            elif sample[0].endswith("_sum"):
+                total += sample[2]
+        family = HistogramMetricFamily(f"vllm:{name}", source._documentation, labels=["model_name"])
+        family.add_metric([self._model_name], list(buckets.items()), total)
+        return family
+
+    def _counter(self, name: str, source: Counter) -> Metric:
+        family = CounterMetricFamily(f"vllm:{name}", source._documentation, labels=["model_name"])
+        values = (value for sample_name, _, value in _samples(source) if sample_name.endswith("_total"))
+        family.add_metric([self._model_name], sum(values))
+        return family
+
+    def _successes(self) -> Metric:
+        counts: dict[str, float] = defaultdict(float)
+        for name, labels, value in _samples(self._metrics.requests):
+            if name.endswith("_total") and labels["reason"] != "error":
+                counts[labels["reason"]] += value
+        family = CounterMetricFamily(
+            "vllm:request_success", "Requests by how they ended.", labels=["model_name", "finished_reason"]
+        )
+        for reason, count in counts.items():
+            family.add_metric([self._model_name, reason], count)
+        return family
+
+
+def _samples(source: Counter | Histogram) -> Iterator[tuple[str, dict[str, str], float]]:
+    for family in source.collect():
+        for sample in family.samples:
+            yield sample.name, sample.labels, sample.value

@@ -1,0 +1,269 @@
+"""From the wire's words to the core's: the only module that hears both (`render` tells the answer)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ram_core.errors import InvalidRequest
+from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
+from server.openai.errors import UnknownName, UnsupportedParameter
+from server.openai.schema import (
+    MAX_CHOICES,
+    Alignment,
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    GenerationRequest,
+    Message,
+)
+from server.settings import IDENTITY
+from server.text import Turn
+
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's own default of `max_tokens`, of /v1/completions alone."""
+
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_SAMPLING_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "seed": "seed",
+    "ignore_eos": "ignore_eos",
+}
+_ALIGNMENT_FIELDS = {
+    "candidates": "num_candidates",
+    "proposal_temperature": "proposal_temperature",
+    "proposal_top_p": "proposal_top_p",
+    "proposal_top_k": "proposal_top_k",
+    "kl_threshold": "kl_threshold",
+    "eos_priority": "eos_priority",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelNames:
+    """What a request may call by name; `default_aligner` answers where it names nothing."""
+
+    proposal: str
+    aligners: tuple[str, ...] = ()
+    default_aligner: str = ""
+
+    def require(self, name: str, param: str) -> None:
+        """Raise `UnknownName` unless an aligner, or the identity, has this name."""
+        if name != IDENTITY and name not in self.aligners:
+            raise UnknownName(f"The aligner `{name[:200]}` does not exist.", param=param)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a request wants, in the core's words, and in which form it wants to be answered."""
+
+    model: str
+    sampling: SamplingParams
+    alignment: AlignmentParams
+    num_choices: int
+    is_stream: bool
+    wants_usage: bool
+    wants_log_probs: bool
+    wants_telemetry: bool
+
+
+def to_ask(request: ChatRequest | CompletionRequest, names: ModelNames) -> Ask:
+    """Everything but the prompt.
+
+    Raises:
+        InvalidRequest: a value out of range, or two fields that contradict each other.
+        UnknownModel: a name that is neither the proposal's nor an aligner's.
+    """
+    is_stream = bool(request.stream)
+    if request.stream_options is not None and not is_stream:
+        raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
+    alignment = to_alignment(request, names)
+    default_model = "+".join(term.aligner for term in alignment.terms) or names.proposal
+    return Ask(
+        model=request.model or default_model,
+        sampling=to_sampling(request),
+        alignment=alignment,
+        num_choices=1 if request.n is None else request.n,
+        is_stream=is_stream,
+        wants_usage=bool(request.stream_options and request.stream_options.include_usage),
+        wants_log_probs=request.logprobs is not None and request.logprobs is not False,
+        wants_telemetry=bool(request.alignment and request.alignment.telemetry),
+    )
+
+
+def to_sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
+    """The core's sampling parameters; what the wire does not say is left to the core."""
+    given: dict[str, Any] = _given(request, _SAMPLING_FIELDS)
+    if request.top_k is not None:
+        # Elsewhere -1 means all tokens, which is 0 here.
+        given["top_k"] = 0 if request.top_k == -1 else request.top_k
+    if request.stop is not None:
+        given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+    if request.stop_token_ids is not None:
+        given["stop_token_ids"] = tuple(request.stop_token_ids)
+    max_tokens = _max_tokens(request)
+    if max_tokens is not None:
+        given["max_tokens"] = max_tokens
+    num_top_log_probs = _num_top_log_probs(request)
+    if num_top_log_probs is not None:
+        given["num_top_log_probs"] = num_top_log_probs
+    return SamplingParams(**given)
+
+
+def _max_tokens(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        return DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    both = {request.max_tokens, request.max_completion_tokens} - {None}
+    if len(both) > 1:
+        raise InvalidRequest(
+            "`max_tokens` and `max_completion_tokens` contradict each other.", param="max_tokens"
+        )
+    return both.pop() if both else None
+
+
+def _num_top_log_probs(request: ChatRequest | CompletionRequest) -> int | None:
+    if isinstance(request, CompletionRequest):
+        if request.logprobs is not None:
+            _within("logprobs", lambda: SamplingParams(num_top_log_probs=request.logprobs or 0))
+        return request.logprobs
+    if request.top_logprobs is not None and not request.logprobs:
+        raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
+    return request.top_logprobs
+
+
+def to_alignment(request: GenerationRequest, names: ModelNames) -> AlignmentParams:
+    """Which aligners act, and how: the extension's word, else the model's name, else the server's default."""
+    wire = request.alignment or Alignment()
+    given: dict[str, Any] = _given(wire, _ALIGNMENT_FIELDS)
+    if wire.resampling is not None:
+        given["resampling"] = _to_resampling(wire.resampling)
+    terms = _to_terms(wire, _named_by_model(request.model, names), names)
+    return _within("alignment.", lambda: AlignmentParams(terms=terms, **given))
+
+
+def _named_by_model(model: str | None, names: ModelNames) -> str:
+    if not model:
+        return names.default_aligner or IDENTITY
+    if model == names.proposal:
+        return IDENTITY
+    if model not in names.aligners:
+        raise UnknownName(f"The model `{model[:200]}` does not exist.", param="model")
+    return model
+
+
+def _to_terms(wire: Alignment, named_by_model: str, names: ModelNames) -> tuple[AlignerTerm, ...]:
+    if wire.aligner is not None and wire.aligners is not None:
+        raise InvalidRequest("Give either `aligner` or `aligners`, not both.", param="alignment.aligners")
+    strength = 1.0 if wire.strength is None else wire.strength
+    if wire.aligners is None:
+        name = named_by_model if wire.aligner is None else wire.aligner
+        names.require(name, "alignment.aligner")
+        chosen = [(name, 1.0, "alignment.")]
+    else:
+        chosen = []
+        for index, choice in enumerate(wire.aligners):
+            names.require(choice.name, f"alignment.aligners[{index}].name")
+            own = 1.0 if choice.strength is None else choice.strength
+            chosen.append((choice.name, own, f"alignment.aligners[{index}]."))
+    return tuple(_to_term(name, own * strength, place) for name, own, place in chosen if name != IDENTITY)
+
+
+def _to_term(name: str, strength: float, place: str) -> AlignerTerm:
+    return _within(place, lambda: AlignerTerm(name, strength))
+
+
+def _to_resampling(name: str) -> Resampling:
+    try:
+        return Resampling(name)
+    except ValueError:
+        modes = ", ".join(f"`{mode.value}`" for mode in Resampling)
+        raise InvalidRequest(
+            f"`resampling` must be one of {modes}, got `{name[:40]}`.", param="alignment.resampling"
+        ) from None
+
+
+def to_turns(messages: list[Message]) -> list[Turn]:
+    """The conversation as chat templates take it: roles they know, and plain text."""
+    return [_to_turn(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _to_turn(message: Message, place: str) -> Turn:
+    extra = message.model_extra or {}
+    for name in ("tool_calls", "function_call", "audio"):
+        if extra.get(name):
+            raise UnsupportedParameter(f"`{name}` is not supported yet.", param=f"{place}.{name}")
+    if message.role in ("tool", "function"):
+        raise UnsupportedParameter(
+            f"Messages of role `{message.role}` are not supported yet.", param=f"{place}.role"
+        )
+    if message.role not in _ROLES:
+        known = ", ".join(f"`{role}`" for role in _ROLES)
+        raise InvalidRequest(
+            f"`role` must be one of {known}, got `{message.role[:40]}`.", param=f"{place}.role"
+        )
+    if message.content is None:
+        raise InvalidRequest("`content` must be a text.", param=f"{place}.content")
+    return {"role": _ROLES[message.role], "content": _to_text(message.content, f"{place}.content")}
+
+
+def _to_text(content: str | list[ContentPart], place: str) -> str:
+    if isinstance(content, str):
+        return content
+    texts = []
+    for index, part in enumerate(content):
+        if part.type != "text":
+            message = f"Content parts of type `{part.type[:40]}` are not supported; send text."
+            raise UnsupportedParameter(message, param=f"{place}[{index}].type")
+        if part.text is None:
+            raise InvalidRequest("A text part needs its `text`.", param=f"{place}[{index}].text")
+        texts.append(part.text)
+    return "\n".join(texts)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What /v1/completions shall continue: texts or token ids, never both."""
+
+    texts: tuple[str, ...] = ()
+    ids: tuple[tuple[int, ...], ...] = ()
+
+
+def to_prompts(request: CompletionRequest) -> Prompts:
+    """The prompts; one text, or one list of token ids, is one prompt."""
+    texts: list[str] = []
+    ids: list[tuple[int, ...]] = []
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return Prompts(texts=(prompt,))
+    for item in prompt:
+        if isinstance(item, str):
+            texts.append(item)
+        elif isinstance(item, list):
+            ids.append(tuple(item))
+    if not texts and not ids:
+        ids.append(tuple(item for item in prompt if isinstance(item, int)))
+    num_prompts = len(texts) + len(ids)
+    if num_prompts > MAX_CHOICES:
+        raise InvalidRequest(f"`prompt` may hold {MAX_CHOICES} prompts, got {num_prompts}.", param="prompt")
+    return Prompts(tuple(texts), tuple(ids))
+
+
+def _given(wire: Any, fields: dict[str, str]) -> dict[str, Any]:
+    """The core's names and the values of those fields that the wire holds."""
+    values = {core: getattr(wire, name) for name, core in fields.items()}
+    return {core: value for core, value in values.items() if value is not None}
+
+
+Made = TypeVar("Made")
+
+
+def _within(place: str, make: Callable[[], Made]) -> Made:
+    """Make a core object; its complaints name the field as the wire does, below `place` or `place` itself."""
+    try:
+        return make()
+    except InvalidRequest as error:
+        param = f"{place}{error.param}" if place.endswith(".") else place
+        raise InvalidRequest(str(error), param=param) from None

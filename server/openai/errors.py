@@ -1,0 +1,118 @@
+"""Errors as OpenAI's clients know them. The one table that maps the core's errors to HTTP."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ram_core.errors import (
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InvalidRequest,
+    NonFiniteLogits,
+    QueueFull,
+    RamError,
+    UnknownModel,
+)
+
+ErrorType = Literal[
+    "invalid_request_error", "requests", "tokens", "server_error", "service_unavailable_error"
+]
+ENGINE_RETRY_S = 5
+"""When to ask again after the engine died: about the time that a supervisor needs to restart it."""
+
+
+class ApiError(Exception):
+    """An answer that is an error; everything that a client sees of it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: ErrorType = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object: all four keys, always."""
+        inner = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        return {"error": inner}
+
+
+class UnsupportedParameter(InvalidRequest):
+    """OpenAI's API knows this field, and we do not honour it yet."""
+
+
+class UnknownName(UnknownModel):
+    """No model or aligner has the name that field `param` gives."""
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    status: int
+    type: ErrorType
+    code: str | None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+_NO_RETRY = {"x-should-retry": "false"}
+
+# The first row whose class fits counts: special ones come before general ones.
+_TABLE: dict[type[RamError], _Row] = {
+    ContextLengthExceeded: _Row(400, "invalid_request_error", "context_length_exceeded"),
+    UnsupportedParameter: _Row(400, "invalid_request_error", "unsupported_parameter"),
+    InvalidRequest: _Row(400, "invalid_request_error", "invalid_value"),
+    UnknownModel: _Row(404, "invalid_request_error", "model_not_found"),
+    QueueFull: _Row(429, "requests", "rate_limit_exceeded"),
+    EngineUnavailable: _Row(
+        503, "service_unavailable_error", "engine_unavailable", {"Retry-After": str(ENGINE_RETRY_S)}
+    ),
+    NonFiniteLogits: _Row(500, "server_error", None, _NO_RETRY),
+    RamError: _Row(500, "server_error", None),
+}
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """The answer to any error; what we did not raise on purpose is told without its message."""
+    if isinstance(error, ApiError):
+        return error
+    row = next((row for kind, row in _TABLE.items() if isinstance(error, kind)), None)
+    if row is None:
+        return ApiError(500, "The server had an error while processing your request.", type="server_error")
+    headers = dict(row.headers)
+    if isinstance(error, QueueFull):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
+    param = error.param if isinstance(error, (InvalidRequest, UnknownName)) else None
+    return ApiError(row.status, str(error), type=row.type, code=row.code, param=param, headers=headers)
+
+
+_ROUTER_CODES = {404: "unknown_url", 405: "method_not_allowed"}
+
+
+def of_router(status: int, method: str, path: str, headers: Mapping[str, str] | None = None) -> ApiError:
+    """What the router says, in OpenAI's shape."""
+    message = f"Not allowed to {method} {path}." if status == 405 else f"Invalid URL ({method} {path})."
+    return ApiError(status, message, code=_ROUTER_CODES.get(status, "invalid_value"), headers=headers)
+
+
+def error_event(error: Exception) -> bytes:
+    """The last event but one of a stream that fails after it began."""
+    return b"data: " + json.dumps(to_api_error(error).body, ensure_ascii=False).encode() + b"\n\n"

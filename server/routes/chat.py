@@ -1,0 +1,30 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.openai.convert import Ask, to_ask, to_turns
+from server.openai.render import ChatRenderer
+from server.openai.schema import ChatRequest
+from server.routes.shared import answer, read_request, serving_of
+from server.streaming import while_connected
+from server.text import Turn, encode_chat
+
+router = APIRouter(tags=["openai"])
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation, streamed or whole."""
+    wire = await read_request(request, ChatRequest)
+    ask = to_ask(wire, serving_of(request).names)
+    return await while_connected(request, _answer(request, ask, to_turns(wire.messages)))
+
+
+async def _answer(request: Request, ask: Ask, turns: list[Turn]) -> Response:
+    tokenizer = serving_of(request).loaded.tokenizer
+    prompt_ids = await encode_chat(tokenizer, turns)
+    return await answer(request, ask, [prompt_ids], ChatRenderer(ask, tokenizer), prompt_field="messages")

@@ -1,0 +1,30 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.openai.convert import Ask, Prompts, to_ask, to_prompts
+from server.openai.render import CompletionRenderer
+from server.openai.schema import CompletionRequest
+from server.routes.shared import answer, read_request, serving_of
+from server.streaming import while_connected
+from server.text import encode_prompts
+
+router = APIRouter(tags=["openai"])
+
+
+@router.post("/v1/completions")
+async def create_completion(request: Request) -> Response:
+    """Continue one or more texts, streamed or whole."""
+    wire = await read_request(request, CompletionRequest)
+    ask = to_ask(wire, serving_of(request).names)
+    return await while_connected(request, _answer(request, ask, to_prompts(wire)))
+
+
+async def _answer(request: Request, ask: Ask, prompts: Prompts) -> Response:
+    tokenizer = serving_of(request).loaded.tokenizer
+    all_ids = [*prompts.ids, *await encode_prompts(tokenizer, prompts.texts)]
+    return await answer(request, ask, all_ids, CompletionRenderer(ask, tokenizer), prompt_field="prompt")

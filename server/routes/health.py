@@ -1,0 +1,27 @@
+"""Is the process there, and should requests come here?"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.routes.shared import serving_of
+
+router = APIRouter(tags=["health"])
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """200 as long as the process answers; says nothing of the engine."""
+    return JSONResponse({"status": "alive"})
+
+
+@router.get("/health")
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """200 if the model is loaded and the step loop makes progress, else 503 and the reason."""
+    reason = serving_of(request).why_not_ready()
+    if reason is None:
+        return JSONResponse({"status": "ready"})
+    return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)

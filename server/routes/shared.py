@@ -1,0 +1,89 @@
+"""What the routes that generate have in common: a request comes in, is admitted, and is answered."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from ram_core.engine.messages import Request
+from ram_core.errors import ContextLengthExceeded, InvalidRequest
+from server.generation import Generation
+from server.metrics import SEVERAL, Meter
+from server.openai.body import read_json, validate
+from server.openai.convert import Ask
+from server.openai.fields import check_fields, unknown_fields
+from server.openai.render import Renderer, Transcript, count_usage
+from server.openai.schema import GenerationRequest
+from server.serving import Serving
+from server.settings import IDENTITY
+from server.streaming import ChunkStream, open_stream
+
+Wire = TypeVar("Wire", bound=GenerationRequest)
+
+
+def serving_of(request: HttpRequest) -> Serving:
+    serving: Serving = request.app.state.serving
+    return serving
+
+
+async def read_request(request: HttpRequest, kind: type[Wire]) -> Wire:
+    """The validated body; fields that nobody knows are counted."""
+    serving = serving_of(request)
+    _ = serving.loaded
+    data: dict[str, Any] = await read_json(request, max_bytes=serving.settings.max_body_bytes)
+    wire = validate(kind, data)
+    check_fields(wire)
+    for name in unknown_fields(wire):
+        serving.metrics.count_unknown_field(name)
+    return wire
+
+
+async def answer(
+    http: HttpRequest, ask: Ask, prompts: list[tuple[int, ...]], renderer: Renderer, *, prompt_field: str
+) -> Response:
+    """Have the prompts continued; `prompt_field` is what the wire calls them."""
+    serving = serving_of(http)
+    requests = [
+        Request(f"{renderer.id}-{number}", prompt_ids, ask.sampling, ask.alignment, ask.num_choices)
+        for number, prompt_ids in enumerate(prompts)
+    ]
+    meter = Meter(serving.metrics, _aligner_label(ask), http.state.arrived_s)
+    loaded = serving.loaded
+    serving.note_work()
+    generation = Generation(loaded.engine, loaded.tokenizer, requests, meter)
+    try:
+        if ask.is_stream:
+            return await _stream(generation, renderer, serving, ask)
+        return await _whole(generation, renderer)
+    except InvalidRequest as error:
+        raise _in_wire_words(error, prompt_field) from None
+
+
+async def _stream(generation: Generation, renderer: Renderer, serving: Serving, ask: Ask) -> ChunkStream:
+    return await open_stream(generation, renderer, serving.settings, wants_usage=ask.wants_usage)
+
+
+async def _whole(generation: Generation, renderer: Renderer) -> Response:
+    async with generation:
+        transcripts = [Transcript() for _ in range(generation.num_choices)]
+        async for delta in generation:
+            transcripts[delta.index].add(delta)
+    usage = count_usage(generation.num_prompt_tokens, generation.num_completion_tokens)
+    return Response(renderer.answer(transcripts, usage), media_type="application/json")
+
+
+def _aligner_label(ask: Ask) -> str:
+    """A bounded label: an aligner's own name, or a word for none, or for several."""
+    terms = ask.alignment.terms
+    if ask.alignment.is_identity:
+        return IDENTITY
+    return terms[0].aligner if len(terms) == 1 else SEVERAL
+
+
+def _in_wire_words(error: InvalidRequest, prompt_field: str) -> InvalidRequest:
+    """The engine speaks of prompts and aligners; the client called them something else."""
+    words = {"prompt": prompt_field, "aligners": "alignment.aligners"}
+    kind = ContextLengthExceeded if isinstance(error, ContextLengthExceeded) else InvalidRequest
+    return kind(str(error), param=words.get(error.param or "", error.param))

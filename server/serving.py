@@ -1,0 +1,82 @@
+"""What all requests share: the engine once it is loaded, and what is said while it is not."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ram_core.engine.client import EngineClient
+from ram_core.errors import EngineUnavailable
+from server.metrics import Metrics
+from server.openai.convert import ModelNames
+from server.settings import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An engine, and the tokenizer whose ids it speaks."""
+
+    engine: EngineClient
+    tokenizer: PreTrainedTokenizerBase
+
+
+class Serving:
+    """One deployment, from its start to its end."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics(settings.model_name)
+        self.created_s = int(time.time())
+        self.is_draining = False
+        self._loaded: Loaded | None = None
+        self._names = ModelNames(settings.model_name)
+        self._idle_until_s = time.monotonic()
+
+    def open(self, loaded: Loaded) -> None:
+        """Answer requests from now on."""
+        aligners = loaded.engine.aligners
+        self._names = ModelNames(self.settings.model_name, aligners, self.settings.default_aligner)
+        self.metrics.open(aligners, lambda: loaded.engine.stats)
+        self._loaded = loaded
+
+    async def close(self) -> None:
+        """End the engine, if there is one; what still runs fails with `EngineUnavailable`."""
+        if self._loaded is not None:
+            await self._loaded.engine.close()
+
+    @property
+    def loaded(self) -> Loaded:
+        """The engine and its tokenizer; raises `EngineUnavailable` while there is none."""
+        if self._loaded is None:
+            raise EngineUnavailable("The model is still being loaded.")
+        return self._loaded
+
+    @property
+    def names(self) -> ModelNames:
+        """What requests may call by name; the proposal alone while loading."""
+        return self._names
+
+    def note_work(self) -> None:
+        """Tell that a request goes to the engine: an idle engine's last progress may be long ago."""
+        stats = self.loaded.engine.stats
+        if not stats.num_running + stats.num_waiting:
+            self._idle_until_s = time.monotonic()
+
+    def why_not_ready(self) -> str | None:
+        """Why no request should come here now; None if all is well."""
+        if self._loaded is None:
+            return "loading"
+        if self.is_draining:
+            return "draining"
+        engine = self._loaded.engine
+        if not engine.is_alive:
+            return "the engine is dead"
+        stats = engine.stats
+        silent_s = time.monotonic() - max(stats.last_progress_s, self._idle_until_s)
+        if stats.num_running + stats.num_waiting and silent_s > self.settings.stall_s:
+            return f"the engine has work, and made no progress for {silent_s:.0f} s"
+        return None

@@ -1,0 +1,207 @@
+"""Every knob of a deployment, once: a flag wins over `RAM_*` in the environment, that over `ram.toml`."""
+
+from __future__ import annotations
+
+import os
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from ram_core.engine.config import AlignerSource, EngineConfig
+from ram_core.errors import RamError
+
+DEFAULT_CONFIG_FILE = "ram.toml"
+DEMO_MODEL_NAME = "ram-demo"
+IDENTITY = "identity"
+"""The aligner that does nothing; never the name of a real one."""
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([kmgt]?)(i?)b?)", re.IGNORECASE)
+
+
+class SettingsError(RamError):
+    """The deployment is configured in a way that cannot work; the message is one line."""
+
+
+def parse_size(value: object) -> object:
+    """Bytes of "512MiB", "2GiB", "1.5gb" or a plain number; anything else is left for pydantic to refuse."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"not a size such as 512MiB or 2GiB: {value!r}")
+    number, prefix, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** " kmgt".index(prefix.lower() or " "))
+
+
+def parse_aligners(value: object) -> object:
+    """A table of names and paths, from `{name: path}`, `["NAME=PATH"]` or `"NAME=PATH,NAME=PATH"`."""
+    if isinstance(value, str):
+        value = [item.strip() for item in value.split(",") if item.strip()]
+    if not isinstance(value, (list, tuple)):
+        return value
+    table: dict[str, str] = {}
+    for item in value:
+        name, _, path = str(item).partition("=")
+        if not name or not path:
+            raise ValueError(f"an aligner is given as NAME=PATH, not {item!r}")
+        if name in table:
+            raise ValueError(f"two aligners are named {name!r}")
+        table[name] = path
+    return table
+
+
+Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+Aligners = Annotated[dict[str, str], NoDecode, BeforeValidator(parse_aligners)]
+
+
+class Settings(BaseSettings):
+    """What an operator may choose. Fields that are None take the engine's own default."""
+
+    model_config = SettingsConfigDict(env_prefix="RAM_", extra="forbid", toml_file=DEFAULT_CONFIG_FILE)
+
+    proposal: str = ""
+    aligners: Aligners = Field(default_factory=dict)
+    aligners_dir: Path | None = None
+    demo: bool = False
+    served_model_name: str = ""
+    default_aligner: str = ""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    max_body_bytes: Size = 4 * 2**20
+    ping_s: float = Field(default=15.0, gt=0)
+    send_timeout_s: float = Field(default=60.0, gt=0)
+    stall_s: float = Field(default=60.0, gt=0)
+    drain_s: float = Field(default=0.0, ge=0)
+    shutdown_grace_s: float = Field(default=30.0, ge=0)
+
+    device: str | None = None
+    dtype: str | None = None
+    max_model_len: int | None = Field(default=None, ge=0)
+    kv_memory: Size | None = None
+    page_size: int | None = Field(default=None, ge=1)
+    max_batch: int | None = Field(default=None, ge=1)
+    max_step_tokens: int | None = Field(default=None, ge=1)
+    max_queue: int | None = Field(default=None, ge=0)
+    trust_remote_code: bool | None = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        file = os.environ.get("RAM_CONFIG") or DEFAULT_CONFIG_FILE
+        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls, file))
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Settings:
+        if self.demo and self.proposal:
+            raise ValueError("`demo` serves the embedded proposal: give either it or a proposal")
+        if IDENTITY in self.aligners:
+            raise ValueError(f"`{IDENTITY}` names the absence of an aligner; choose another name")
+        return self
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether the embedded bundle is served: asked for, or nothing else given."""
+        return self.demo or not self.proposal
+
+    @property
+    def model_name(self) -> str:
+        """The proposal's name in the API: what the operator chose, a directory's own name, or the hub id."""
+        if self.served_model_name:
+            return self.served_model_name
+        if self.is_demo:
+            return DEMO_MODEL_NAME
+        path = Path(self.proposal)
+        return path.resolve().name if path.is_dir() else self.proposal
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's part of the settings, with paths checked."""
+        given = {
+            "device": self.device,
+            "dtype": self.dtype,
+            "max_model_len": self.max_model_len,
+            "kv_memory_bytes": self.kv_memory,
+            "page_size": self.page_size,
+            "max_batch": self.max_batch,
+            "max_step_tokens": self.max_step_tokens,
+            "max_queue": self.max_queue,
+            "trust_remote_code": self.trust_remote_code,
+        }
+        options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        aligners = tuple(AlignerSource(name, source) for name, source in self._aligner_sources().items())
+        self._check_aligner_names([aligner.name for aligner in aligners])
+        return EngineConfig(proposal=self._proposal_source(), aligners=aligners, **options)
+
+    def _proposal_source(self) -> str:
+        if not self.is_demo:
+            return self.proposal
+        from ram_core.demo import bundle_path
+
+        proposal = bundle_path() / "proposal"
+        if not proposal.is_dir():
+            raise SettingsError(
+                f"The embedded demo is not built: {proposal} is missing. Run `ram demo build`."
+            )
+        return str(proposal)
+
+    def _aligner_sources(self) -> dict[str, str]:
+        """Directories of aligners first, in alphabetical order; what is named explicitly wins."""
+        found: dict[str, str] = {}
+        directories = [self.aligners_dir] if self.aligners_dir else []
+        if self.is_demo:
+            from ram_core.demo import bundle_path
+
+            directories.insert(0, bundle_path() / "aligners")
+        for directory in directories:
+            if not directory.is_dir():
+                raise SettingsError(f"`aligners_dir` is not a directory: {directory}")
+            inside = sorted(path for path in directory.iterdir() if (path / "config.json").is_file())
+            found |= {path.name: str(path) for path in inside}
+        return found | self.aligners
+
+    def _check_aligner_names(self, names: list[str]) -> None:
+        if self.model_name in names:
+            raise SettingsError(f"An aligner has the proposal's name, `{self.model_name}`.")
+        if IDENTITY in names:
+            raise SettingsError(f"`{IDENTITY}` names the absence of an aligner; rename that directory.")
+        if self.default_aligner and self.default_aligner not in [*names, IDENTITY]:
+            known = ", ".join(names) or "none"
+            raise SettingsError(
+                f"`default_aligner` is `{self.default_aligner}`, but the aligners are: {known}."
+            )
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Settings of this process; flags that are None, or empty, were not given.
+
+    Raises:
+        SettingsError: one line naming the field and its source's value.
+    """
+    given = {name: value for name, value in flags.items() if value not in (None, "", [], ())}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"`{field}`: {reason}" if field else reason) from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"The configuration file is not valid TOML: {error}") from None

@@ -1,0 +1,208 @@
+"""An engine that does what a test tells it, and a live server around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import Any
+
+import uvicorn
+from tests.models import EOS, make_tokenizer
+from ram_core.engine.messages import (
+    EngineStats,
+    Event,
+    FailedEvent,
+    FinishReason,
+    Request,
+    StartedEvent,
+    StepTelemetry,
+    TokenEvent,
+)
+from ram_core.errors import EngineUnavailable, RamError
+from server.app import create_app
+from server.serving import Loaded
+from server.settings import Settings
+
+TOKENIZER = make_tokenizer()
+EOS_ID: int = TOKENIZER.convert_tokens_to_ids(EOS)
+PATIENCE_S = 10.0
+"""How long a test waits for what must happen; it never waits that long unless it fails."""
+
+
+class Gate:
+    """A place in a script at which the engine stops until the test opens it."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._opened = threading.Event()
+
+    def wait_reached(self) -> None:
+        assert self._reached.wait(PATIENCE_S), "the engine never came to the gate"
+
+    def open(self) -> None:
+        self._opened.set()
+
+    async def pass_through(self) -> None:
+        self._reached.set()
+        while not self._opened.is_set():
+            await asyncio.sleep(0.001)
+
+
+Item = Event | Gate
+Script = Callable[[Request], Sequence[Item]]
+
+
+def ids_of(text: str) -> list[int]:
+    return list(TOKENIZER(text, add_special_tokens=False)["input_ids"])
+
+
+def say(
+    request: Request,
+    text: str,
+    *,
+    index: int = 0,
+    finish: FinishReason | None = "stop",
+    telemetry: StepTelemetry | None = None,
+    log_prob: float = -0.5,
+) -> list[TokenEvent]:
+    """The events of a text; "stop" adds an end-of-text token, "length" ends with the text's last one."""
+    ids = ids_of(text) + ([EOS_ID] if finish == "stop" else [])
+    top = tuple((token_id, -1.0 - rank) for rank, token_id in enumerate(range(65, 90)))
+    return [
+        TokenEvent(
+            request_id=request.request_id,
+            index=index,
+            token_id=token_id,
+            log_prob=log_prob,
+            top_log_probs=top[: request.sampling.num_top_log_probs],
+            telemetry=telemetry,
+            finish_reason=finish if position == len(ids) - 1 else None,
+        )
+        for position, token_id in enumerate(ids)
+    ]
+
+
+def greet(request: Request) -> list[Item]:
+    """Every choice says the same."""
+    events: list[Item] = [StartedEvent(request.request_id, 0.25)]
+    for index in range(request.num_choices):
+        events += say(request, "Hello, dog!", index=index)
+    return events
+
+
+class ScriptedStream:
+    def __init__(self, engine: ScriptedEngine, request: Request) -> None:
+        self._engine = engine
+        self._request = request
+        self._cancelled: set[int] = set()
+        self._open = set(range(request.num_choices))
+
+    async def __aenter__(self) -> ScriptedStream:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.cancel()
+        self._engine.left.put(self._request.request_id)
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        for item in self._engine.script(self._request):
+            if isinstance(item, Gate):
+                await item.pass_through()
+                continue
+            if self._engine.is_dead:
+                yield FailedEvent(self._request.request_id, 0, EngineUnavailable("The engine was closed."))
+                return
+            await asyncio.sleep(0)
+            if isinstance(item, StartedEvent):
+                yield item
+            elif item.index in self._open:
+                if isinstance(item, FailedEvent) or item.finish_reason:
+                    self._open.discard(item.index)
+                yield item
+            if not self._open:
+                return
+
+    def cancel(self, index: int | None = None) -> None:
+        for choice in sorted(self._open) if index is None else [index]:
+            if choice in self._open:
+                self._open.discard(choice)
+                self._engine.cancelled.put((self._request.request_id, choice))
+
+
+class ScriptedEngine:
+    """An `EngineClient` whose every event the test has written."""
+
+    def __init__(self, script: Script = greet) -> None:
+        self.script = script
+        self.aligners = ("polite", "org/terse")
+        self.max_model_len = 256
+        self.vocab_size = len(TOKENIZER)
+        self.stats = EngineStats(num_pages=10)
+        self.is_dead = False
+        self.refusal: RamError | None = None
+        self.requests: list[Request] = []
+        self.cancelled: queue.Queue[tuple[str, int]] = queue.Queue()
+        self.left: queue.Queue[str] = queue.Queue()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.is_dead
+
+    def submit(self, request: Request) -> ScriptedStream:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        return ScriptedStream(self, request)
+
+    async def close(self) -> None:
+        self.is_dead = True
+
+    @property
+    def last(self) -> Request:
+        return self.requests[-1]
+
+
+class LiveServer:
+    """A server on a port of its own, and the engine behind it."""
+
+    def __init__(self, url: str, app: Any, engine: Any) -> None:
+        self.url = url
+        self.app = app
+        self.engine = engine
+
+
+@contextlib.contextmanager
+def live(engine: Any, tokenizer: Any = TOKENIZER, **settings: Any) -> Iterator[LiveServer]:
+    """Serve an engine until the block is left."""
+    loaded = None if engine is None else Loaded(engine, tokenizer)
+    app = create_app(Settings(served_model_name="big", **settings), loaded)
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + PATIENCE_S
+    while not server.started and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert server.started, "the server did not start"
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield LiveServer(f"http://127.0.0.1:{port}", app, engine)
+    finally:
+        server.should_exit = True
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def count_metrics(text: str) -> Counter[str]:
+    """Samples of a Prometheus text by their full name, labels included."""
+    samples: Counter[str] = Counter()
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            name, _, value = line.rpartition(" ")
+            samples[name] = float(value)  # type: ignore[assignment]
+    return samples
