@@ -54,6 +54,10 @@ class KvPool:
         key: Float[Tensor, "token head dim"],
         value: Float[Tensor, "token head dim"],
     ) -> None:
-        """Put each token's key and value into its slot (`page * page_size + offset`)."""
-        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key)
-        self.values[layer].flatten(0, 1).index_copy_(0, slots, value)
+        """Put each token's key and value into its slot (`page * page_size + offset`).
+
+        Memory stays finite, because what a failed request leaves behind is read again, masked, by the next
+        owner of its page, and 0 · NaN is NaN. The failed request itself still fails: by its residual stream.
+        """
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, key.nan_to_num(0.0, 0.0, 0.0))
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, value.nan_to_num(0.0, 0.0, 0.0))

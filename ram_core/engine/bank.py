@@ -1,0 +1,203 @@
+"""The models an engine serves: one proposal, its aligners, and the KV pools they write to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from ram_core.engine.config import EngineConfig
+from ram_core.engine.limits import EngineLimits
+from ram_core.engine.pages import pages_for
+from ram_core.errors import CheckpointError
+from ram_core.models.attention import ATTENTION_NAME
+from ram_core.models.conformance import check_conformance
+from ram_core.models.kv import KvGeometry, KvPool
+from ram_core.models.loading import (
+    context_limit,
+    load_config,
+    load_model,
+    resolve_device,
+    resolve_dtype,
+    unsupported_reason,
+)
+from ram_core.models.paged import PagedModel
+from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer, vocabulary_size
+
+Progress = Callable[[str], None]
+"""Told what is being done, one line at a time."""
+
+_CPU_KV_BYTES = 1 << 30
+_CUDA_KV_SHARE = 0.6
+_PROPOSAL_POOL = "proposal"
+
+
+@dataclass(frozen=True)
+class ModelBank:
+    """Everything that is loaded once and then only read, but for the pools' contents.
+
+    `pools` holds the KV memory by name; `pool_of` maps each aligner to its pool, which aligners of equal
+    geometry share.
+    """
+
+    proposal: PagedModel
+    aligners: Mapping[str, PagedModel]
+    pools: Mapping[str, KvPool]
+    pool_of: Mapping[str, str]
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    max_model_len: int
+    page_size: int
+    eos_ids: frozenset[int]
+    proposal_pool: str = field(default=_PROPOSAL_POOL)
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What requests are checked against."""
+        return EngineLimits(
+            vocab_size=self.vocab_size,
+            max_model_len=self.max_model_len,
+            page_size=self.page_size,
+            num_pages=self.pools[self.proposal_pool].num_pages - 1,
+            pools=dict(self.pool_of),
+        )
+
+
+def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
+    """Load and check everything that `config` names; the cheap checks first.
+
+    Raises:
+        CheckpointError: a model cannot be served.
+        VocabularyMismatch: an aligner's tokenizer is not the proposal's.
+    """
+    sources = {"proposal": config.proposal} | {a.name: a.source for a in config.aligners}
+    if len(sources) != len(config.aligners) + 1:
+        raise CheckpointError("two aligners have the same name, or one is called `proposal`")
+    progress("reading configs and tokenizers")
+    configs = {name: _load_supported_config(name, source, config) for name, source in sources.items()}
+    tokenizer = _load_tokenizers(sources, config)
+    vocab_size = vocabulary_size(tokenizer)
+    _check_embeddings(configs, vocab_size)
+    max_model_len = _choose_max_model_len(config, configs)
+
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device, configs["proposal"])
+    models = {}
+    for name, source in sources.items():
+        progress(f"loading {name} ({source}) on {device} as {str(dtype).removeprefix('torch.')}")
+        model = load_model(
+            source,
+            device=device,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=config.trust_remote_code,
+        )
+        models[name] = PagedModel(model, name=name)
+        check_conformance(models[name], vocab_size)
+    proposal = models.pop("proposal")
+
+    geometries, pool_of = _share_pools(proposal, models)
+    num_pages, max_model_len = _size_pools(config, geometries, max_model_len, device)
+    progress(f"reserving KV memory for {num_pages * config.page_size} tokens")
+    pools = {
+        name: KvPool(geometry, num_pages + 1, config.page_size, device)
+        for name, geometry in geometries.items()
+    }
+    return ModelBank(
+        proposal=proposal,
+        aligners=models,
+        pools=pools,
+        pool_of=pool_of,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        max_model_len=max_model_len,
+        page_size=config.page_size,
+        eos_ids=_eos_ids(proposal, tokenizer),
+    )
+
+
+def _load_supported_config(name: str, source: str, config: EngineConfig) -> PretrainedConfig:
+    loaded = load_config(source, trust_remote_code=config.trust_remote_code)
+    reason = unsupported_reason(loaded)
+    if reason is not None:
+        raise CheckpointError(f"`{name}` ({source}) cannot be served: {reason}")
+    return loaded
+
+
+def _load_tokenizers(sources: Mapping[str, str], config: EngineConfig) -> PreTrainedTokenizerBase:
+    """The shared tokenizer, after every aligner's was compared with it."""
+    tokenizer = load_tokenizer(sources["proposal"], trust_remote_code=config.trust_remote_code)
+    for aligner in config.aligners:
+        own = load_tokenizer(aligner.source, trust_remote_code=config.trust_remote_code)
+        check_same_vocabulary(tokenizer, own, aligner_name=aligner.name)
+    return tokenizer
+
+
+def _check_embeddings(configs: Mapping[str, PretrainedConfig], vocab_size: int) -> None:
+    for name, config in configs.items():
+        rows = config.get_text_config().vocab_size
+        if rows < vocab_size:
+            raise CheckpointError(
+                f"`{name}` has logits for {rows} tokens, but its tokenizer has {vocab_size}"
+            )
+
+
+def _choose_max_model_len(config: EngineConfig, configs: Mapping[str, PretrainedConfig]) -> int:
+    limits = {name: context_limit(loaded) for name, loaded in configs.items()}
+    shortest = min(limits, key=lambda name: limits[name])
+    if config.max_model_len > limits[shortest]:
+        raise CheckpointError(
+            f"`max_model_len` is {config.max_model_len}, "
+            f"but `{shortest}` reads at most {limits[shortest]} tokens"
+        )
+    return config.max_model_len or limits[shortest]
+
+
+def _share_pools(
+    proposal: PagedModel, aligners: Mapping[str, PagedModel]
+) -> tuple[dict[str, KvGeometry], dict[str, str]]:
+    """Pools by name, and each aligner's pool: one for all aligners of equal geometry."""
+    geometries = {_PROPOSAL_POOL: proposal.geometry}
+    names: dict[KvGeometry, str] = {}
+    for model in aligners.values():
+        name = names.setdefault(model.geometry, f"aligners-{len(names)}")
+        geometries[name] = model.geometry
+    return geometries, {name: names[model.geometry] for name, model in aligners.items()}
+
+
+def _size_pools(
+    config: EngineConfig, geometries: Mapping[str, KvGeometry], max_model_len: int, device: torch.device
+) -> tuple[int, int]:
+    """Usable pages of every pool, and the context limit that they leave."""
+    budget = config.kv_memory_bytes or _free_kv_bytes(device)
+    page_bytes = sum(geometry.bytes_per_token for geometry in geometries.values()) * config.page_size
+    most = config.max_batch * pages_for(max_model_len, config.page_size)
+    num_pages = min(budget // page_bytes - 1, most)
+    if num_pages < 1:
+        raise CheckpointError(
+            f"{budget} bytes of KV memory do not hold two pages of {config.page_size} tokens "
+            f"({page_bytes} bytes each)"
+        )
+    capacity = num_pages * config.page_size
+    if config.max_model_len and capacity < config.max_model_len:
+        raise CheckpointError(
+            f"{budget} bytes of KV memory hold {capacity} tokens, fewer than `max_model_len` "
+            f"{config.max_model_len}; raise `kv_memory` or lower `max_model_len`"
+        )
+    return num_pages, min(max_model_len, capacity)
+
+
+def _free_kv_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _CPU_KV_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * _CUDA_KV_SHARE)
+
+
+def _eos_ids(proposal: PagedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a text, by the checkpoint's generation config and by its tokenizer."""
+    generation = getattr(proposal.model.generation_config, "eos_token_id", None)
+    listed = generation if isinstance(generation, list) else [generation]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)

@@ -1,0 +1,167 @@
+"""The scheduler's promises, in plain Python: no models, no tensors."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from ram_core.engine.messages import Request
+from ram_core.engine.pages import PageBook
+from ram_core.engine.scheduler import Plan, Scheduler
+from ram_core.engine.sequence import Lane, Sequence
+from ram_core.params import SamplingParams
+
+PAGE_SIZE = 4
+
+
+def make_scheduler(
+    *, num_pages: int = 20, num_slots: int = 4, max_step_tokens: int = 16, pools: tuple[str, ...] = ("p",)
+) -> Scheduler:
+    books = {name: PageBook(num_pages + 1) for name in pools}
+    return Scheduler(books, page_size=PAGE_SIZE, num_slots=num_slots, max_step_tokens=max_step_tokens)
+
+
+def make_sequence(name: str, prompt: int, *, pools: tuple[str, ...] = ("p",), limit: int = 1000) -> Sequence:
+    request = Request(name, tuple(range(prompt)), SamplingParams())
+    return Sequence(
+        request=request,
+        index=0,
+        seed=0,
+        lanes=[Lane(pool, pool) for pool in pools],
+        stop_ids=frozenset(),
+        max_tokens=limit,
+        arrived_s=0.0,
+        token_ids=list(request.prompt_ids),
+    )
+
+
+def step(scheduler: Scheduler) -> Plan:
+    plan = scheduler.plan()
+    for row in plan.rows:
+        scheduler.commit(row, 7 if row.draws else None)
+    return plan
+
+
+def shape(plan: Plan) -> list[tuple[str, int, int, bool]]:
+    return [(r.sequence.request.request_id, r.start, r.num_tokens, r.draws) for r in plan.rows]
+
+
+def test_a_long_prompt_is_read_in_chunks_and_draws_with_its_last() -> None:
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.add(make_sequence("a", 20))
+    assert shape(step(scheduler)) == [("a", 0, 8, False)]
+    assert shape(step(scheduler)) == [("a", 8, 8, False)]
+    assert shape(step(scheduler)) == [("a", 16, 4, True)]
+    assert shape(step(scheduler)) == [("a", 20, 1, True)]
+
+
+def test_writing_goes_on_beside_a_long_prompt() -> None:
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.add(make_sequence("short", 2))
+    step(scheduler)
+    scheduler.add(make_sequence("long", 20))
+    assert shape(step(scheduler)) == [("short", 2, 1, True), ("long", 0, 7, False)]
+    assert shape(step(scheduler)) == [("short", 3, 1, True), ("long", 7, 7, False)]
+
+
+def test_rows_of_one_token_come_first() -> None:
+    scheduler = make_scheduler(max_step_tokens=6)
+    scheduler.add(make_sequence("long", 9))
+    scheduler.add(make_sequence("one", 1))
+    step(scheduler)
+    plan = step(scheduler)
+    assert [row.num_tokens for row in plan.rows] == sorted(row.num_tokens for row in plan.rows)
+
+
+def test_more_sequences_than_slots_wait_in_order() -> None:
+    scheduler = make_scheduler(num_slots=2)
+    for name in "abc":
+        scheduler.add(make_sequence(name, 2))
+    plan = step(scheduler)
+    assert [s.request.request_id for s in plan.started] == ["a", "b"]
+    scheduler.remove(scheduler.find("a", None)[0])
+    assert [s.request.request_id for s in step(scheduler).started] == ["c"]
+
+
+def test_a_prompt_waits_until_its_pages_are_free() -> None:
+    scheduler = make_scheduler(num_pages=5)
+    scheduler.add(make_sequence("a", 12))
+    scheduler.add(make_sequence("b", 8))
+    assert [s.request.request_id for s in step(scheduler).started] == ["a"]
+    scheduler.remove(scheduler.find("a", None)[0])
+    assert [s.request.request_id for s in step(scheduler).started] == ["b"]
+
+
+def test_two_lanes_of_one_pool_need_twice_the_pages() -> None:
+    scheduler = make_scheduler(num_pages=5)
+    scheduler.add(make_sequence("a", 8, pools=("p", "p")))
+    assert not step(scheduler).rows
+
+
+def test_the_youngest_gives_way_and_is_recomputed() -> None:
+    scheduler = make_scheduler(num_pages=4)
+    old, young = make_sequence("old", 6), make_sequence("young", 6)
+    scheduler.add(old)
+    scheduler.add(young)
+    while young.slot >= 0 or not young.num_computed:
+        step(scheduler)
+        if young.num_drawn and young.slot < 0:
+            break
+    assert old.slot >= 0
+    assert not young.lanes[0].pages
+    assert young.num_computed == 0
+    drawn = young.num_drawn
+    scheduler.remove(old)
+    plan = step(scheduler)
+    assert shape(plan) == [("young", 0, 6 + drawn, True)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_traffic_ends_and_conserves_pages_and_slots(seed: int) -> None:
+    """Random arrivals, cancellations and lengths: no page has two owners, and every sequence ends."""
+    random_ = random.Random(seed)
+    pools = ("p", "a")
+    scheduler = make_scheduler(num_pages=12, num_slots=3, max_step_tokens=7, pools=pools)
+    live: dict[str, Sequence] = {}
+    for number in range(60):
+        lanes = random_.choice([("p",), ("p", "a"), ("p", "a", "a")])
+        most = 12 * PAGE_SIZE // max(1, len(lanes) - 1)
+        prompt = random_.randint(1, most - 2)
+        sequence = make_sequence(
+            str(number), prompt, pools=lanes, limit=random_.randint(1, most - prompt - 1)
+        )
+        scheduler.add(sequence)
+        live[str(number)] = sequence
+        for _ in range(random_.randint(0, 12)):
+            advance(scheduler, live)
+        if live and random_.random() < 0.2:
+            name = random_.choice(sorted(live))
+            scheduler.remove(live.pop(name))
+    steps = 0
+    while live:
+        advance(scheduler, live)
+        steps += 1
+        assert steps < 20_000
+    assert all(book.num_used == 0 for book in scheduler.books.values())
+    assert not scheduler.has_work
+
+
+def advance(scheduler: Scheduler, live: dict[str, Sequence]) -> None:
+    plan = step(scheduler)
+    assert bool(plan.rows) == bool(live)
+    assert sum(row.num_tokens for row in plan.rows) <= 7
+    owners: set[tuple[str, int]] = set()
+    for sequence in live.values():
+        for lane in sequence.lanes:
+            pages = {(lane.pool, page) for page in lane.pages}
+            assert len(pages) == len(lane.pages)
+            assert not pages & owners
+            owners |= pages
+    for row in plan.rows:
+        sequence = row.sequence
+        for lane in sequence.lanes:
+            assert len(lane.pages) * PAGE_SIZE >= row.start + row.num_tokens
+        if row.draws and sequence.finish_reason_after(7) is not None:
+            scheduler.remove(sequence)
+            del live[sequence.request.request_id]
