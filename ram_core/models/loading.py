@@ -68,9 +68,8 @@ def load_model(
     reason = unsupported_reason(config) if attn_implementation == ATTENTION_NAME else None
     if reason:
         raise CheckpointError(f"`{source}`: {reason}")
-    directory = resolve_source(source, with_weights=True)
+    directory = check_weights(source, config, trust_remote_code=trust_remote_code)
     try:
-        _check_weights(directory, config, trust_remote_code=trust_remote_code)
         model = _load_checked(directory, dtype, attn_implementation, trust_remote_code)
     except CheckpointError as error:
         raise CheckpointError(f"`{source}`: {error}") from None
@@ -104,6 +103,48 @@ def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedCo
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not has_own_code:
         raise CheckpointError(f"`{source}`: a `{kind}` model is no causal language model")
     return config
+
+
+def check_weights(source: str, config: PreTrainedConfig, *, trust_remote_code: bool = False) -> Path:
+    """Refuse by headers alone what loading would find after minutes, or not at all; return the directory.
+
+    transformers casts integers to floats without a word, and fills missing weights with noise.
+
+    Raises:
+        CheckpointError: weights that are missing, cut off, of another shape, or no floats.
+    """
+    directory = resolve_source(source, with_weights=True)
+    try:
+        headers = read_checkpoint_headers(directory)
+        skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
+        if getattr(config, "quantization_config", None) is None:
+            _check_dtypes(skeleton, headers)
+            _check_names(skeleton, headers)
+    except CheckpointError as error:
+        raise CheckpointError(f"`{source}`: {error}") from None
+    return directory
+
+
+def build_skeleton(
+    config: PreTrainedConfig, *, attn_implementation: str = "eager", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model without memory for its weights, on the meta device.
+
+    Raises:
+        CheckpointError: the architecture cannot be built with these numbers.
+    """
+    try:
+        with torch.device("meta"), _quiet():
+            model = AutoModelForCausalLM.from_config(
+                config,
+                attn_implementation=attn_implementation,
+                # The one way of running experts that needs no look at the routing.
+                experts_implementation="batched_mm",
+                trust_remote_code=trust_remote_code,
+            )
+    except Exception as error:  # Whatever senseless numbers make of the model's class.
+        raise CheckpointError(f"no model can be built from config.json: {one_line(error)}") from None
+    return model.eval()
 
 
 def unsupported_reason(config: PreTrainedConfig) -> str | None:
@@ -214,22 +255,15 @@ def _takes_our_attention(config: PreTrainedConfig) -> bool:
     return hasattr(sys.modules[model_class.__module__], "ALL_ATTENTION_FUNCTIONS")
 
 
-def _check_weights(directory: Path, config: PreTrainedConfig, *, trust_remote_code: bool) -> None:
-    """Refuse by headers alone what loading would find after minutes, or not at all.
-
-    transformers casts integers to floats without a word, and fills missing weights with noise.
-    """
-    headers = read_checkpoint_headers(directory)
-    skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is None:
-        weights = dict(skeleton.named_parameters())
-        for name, header in headers.items():
-            if header.dtype not in FLOAT_DTYPES and (name in weights or name.endswith(".weight")):
-                raise CheckpointError(
-                    f"`{name}` is {header.dtype}, but the config names no quantization; "
-                    f"weights must be {', '.join(FLOAT_DTYPES)}"
-                )
-        _check_names(skeleton, headers)
+def _check_dtypes(skeleton: nn.Module, headers: Mapping[str, TensorHeader]) -> None:
+    weights = dict(skeleton.named_parameters(remove_duplicate=False))
+    for name, header in headers.items():
+        # Buffers may be masks of any dtype.
+        if header.dtype not in FLOAT_DTYPES and (name in weights or name.endswith(".weight")):
+            raise CheckpointError(
+                f"`{name}` is {header.dtype}, but the config names no quantization; "
+                f"weights must be {', '.join(FLOAT_DTYPES)}"
+            )
 
 
 def _check_names(skeleton: nn.Module, headers: Mapping[str, TensorHeader]) -> None:
@@ -256,28 +290,6 @@ def _tied_names(skeleton: nn.Module) -> set[str]:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name for group in names.values() if len(group) > 1 for name in group}
-
-
-def build_skeleton(
-    config: PreTrainedConfig, *, attn_implementation: str = "eager", trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """The model without memory for its weights, on the meta device.
-
-    Raises:
-        CheckpointError: the architecture cannot be built with these numbers.
-    """
-    try:
-        with torch.device("meta"), _quiet():
-            model = AutoModelForCausalLM.from_config(
-                config,
-                attn_implementation=attn_implementation,
-                # The one way of running experts that needs no look at the routing.
-                experts_implementation="batched_mm",
-                trust_remote_code=trust_remote_code,
-            )
-    except Exception as error:  # Whatever senseless numbers make of the model's class.
-        raise CheckpointError(f"no model can be built from config.json: {one_line(error)}") from None
-    return model.eval()
 
 
 def _load_checked(
