@@ -48,10 +48,13 @@ def parse_aligners(value: object) -> object:
     """A table of names and paths, from `{name: path}`, `["NAME=PATH"]` or `"NAME=PATH,NAME=PATH"`."""
     if isinstance(value, str):
         value = [item.strip() for item in value.split(",") if item.strip()]
-    if not isinstance(value, (list, tuple)):
-        return value
+    return aligner_table(value) if isinstance(value, list) else value
+
+
+def aligner_table(items: list[str]) -> dict[str, str]:
+    """Names and paths of `NAME=PATH` items; raises ValueError for what is not one, or for a second one."""
     table: dict[str, str] = {}
-    for item in value:
+    for item in items:
         name, _, path = str(item).partition("=")
         if not name or not path:
             raise ValueError(f"an aligner is given as NAME=PATH, not {item!r}")
@@ -189,12 +192,19 @@ class Settings(BaseSettings):
             )
 
 
-def load_settings(**flags: Any) -> Settings:
+def load_settings(config: Path | None = None, **flags: Any) -> Settings:
     """Settings of this process; flags that are None, or empty, were not given.
 
+    `config`, or else `RAM_CONFIG`, names a file that must exist; `ram.toml` need not.
+
     Raises:
-        SettingsError: one line naming the field and its source's value.
+        SettingsError: one line naming the field at fault.
     """
+    if config is not None:
+        os.environ["RAM_CONFIG"] = str(config)
+    named = os.environ.get("RAM_CONFIG")
+    if named and not Path(named).is_file():
+        raise SettingsError(f"The configuration file does not exist: {named}")
     given = {name: value for name, value in flags.items() if value not in (None, "", [], ())}
     try:
         return Settings(**given)

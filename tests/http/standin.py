@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import uvicorn
-from tests.models import EOS, make_tokenizer
+
 from ram_core.engine.messages import (
     EngineStats,
     Event,
@@ -27,6 +27,7 @@ from ram_core.errors import EngineUnavailable, RamError
 from server.app import create_app
 from server.serving import Loaded
 from server.settings import Settings
+from tests.models import EOS, make_tokenizer
 
 TOKENIZER = make_tokenizer()
 EOS_ID: int = TOKENIZER.convert_tokens_to_ids(EOS)

@@ -1,0 +1,183 @@
+"""The `ram` command: what can be typed. What it does is in `server.commands`, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from ram_core import __version__
+from ram_core.errors import RamError
+
+app = typer.Typer(
+    name="ram",
+    help="Serve one frozen language model with many small, swappable aligners.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+demo_app = typer.Typer(help="The embedded demo: rebuild it, measure it.", no_args_is_help=True)
+app.add_typer(demo_app, name="demo")
+
+AlignerFlags = Annotated[
+    list[str] | None, typer.Option("--aligner", metavar="NAME=PATH", help="An aligner; may be repeated.")
+]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def fail(reason: object) -> NoReturn:
+    """One line on stderr, and exit code 1."""
+    typer.echo(f"ram: {' '.join(str(reason).split())}", err=True)
+    raise typer.Exit(1)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"ram {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Serve one frozen language model with many small, swappable aligners."""
+
+
+@app.command()
+def version() -> None:
+    """Show the version."""
+    _print_version(True)
+
+
+@app.command()
+def serve(
+    proposal: Annotated[str | None, typer.Argument(help="Directory or hub id of the frozen model.")] = None,
+    aligner: AlignerFlags = None,
+    aligners_dir: Annotated[Path | None, typer.Option(help="Each directory inside is an aligner.")] = None,
+    demo: Annotated[bool, typer.Option("--demo", help="Serve the embedded demo.")] = False,
+    config: Annotated[Path | None, typer.Option(help="Settings file; otherwise ./ram.toml.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="The proposal's name in the API.")] = None,
+    default_aligner: Annotated[str | None, typer.Option(help="Answers where no model is named.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, …")] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    kv_memory: Annotated[str | None, typer.Option(help="Room for keys and values, such as 2GiB.")] = None,
+    max_batch: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
+    max_step_tokens: Annotated[int | None, typer.Option(help="Tokens that enter a step.")] = None,
+    max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.")] = None,
+    max_body_bytes: Annotated[str | None, typer.Option(help="Largest request, such as 4MiB.")] = None,
+    drain_s: Annotated[float | None, typer.Option(help="Unready, but open, so long after SIGTERM.")] = None,
+    shutdown_grace_s: Annotated[float | None, typer.Option(help="Time for running answers to end.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run models' code.")] = False,
+) -> None:
+    """Serve a proposal and its aligners; without a proposal, the embedded demo."""
+    from server.commands.serve import run
+    from server.settings import load_settings
+
+    try:
+        settings = load_settings(
+            config,
+            proposal=proposal,
+            aligners=aligner,
+            aligners_dir=aligners_dir,
+            demo=demo or None,
+            served_model_name=served_model_name,
+            default_aligner=default_aligner,
+            host=host,
+            port=port,
+            device=device,
+            dtype=dtype,
+            max_model_len=max_model_len,
+            kv_memory=kv_memory,
+            max_batch=max_batch,
+            max_step_tokens=max_step_tokens,
+            max_queue=max_queue,
+            max_body_bytes=max_body_bytes,
+            drain_s=drain_s,
+            shutdown_grace_s=shutdown_grace_s,
+            log_level=log_level,
+            trust_remote_code=trust_remote_code or None,
+        )
+        run(settings)
+    except RamError as error:
+        fail(error)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Where the server is.")] = DEFAULT_URL,
+    aligner: Annotated[str, typer.Option(help="Name of the aligner to begin with.")] = "",
+    system: Annotated[str, typer.Option(help="A system message.")] = "",
+) -> None:
+    """Talk to a server in the terminal; /help lists what else can be typed."""
+    from server.commands.chat import Conversation, converse
+
+    try:
+        converse(Conversation(url, aligner=aligner, system=system))
+    except RamError as error:
+        fail(error)
+
+
+@app.command()
+def check(
+    proposal: Annotated[str, typer.Argument(help="Directory or hub id of the frozen model.")],
+    aligner: AlignerFlags = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, …")] = "auto",
+    max_model_len: Annotated[int, typer.Option(help="Tokens of prompt and answer together.")] = 0,
+) -> None:
+    """Tell, without reading any weights, whether a proposal and its aligners can be served."""
+    from server.commands.check import check_pair
+    from server.settings import aligner_table
+
+    try:
+        aligners = aligner_table(aligner or [])
+        is_fine = check_pair(proposal, aligners, device=device, dtype=dtype, max_model_len=max_model_len)
+    except (RamError, ValueError) as error:
+        fail(error)
+    raise typer.Exit(0 if is_fine else 1)
+
+
+@demo_app.command("build")
+def demo_build(
+    out: Annotated[
+        Path | None, typer.Option(help="Where to put the bundle; default: the embedded one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed builds the same bundle.")] = 0,
+) -> None:
+    """Train the demo's proposal and aligners from scratch."""
+    from server.commands.demo import build
+
+    try:
+        build(out, seed)
+    except (RamError, OSError) as error:
+        fail(error)
+
+
+@demo_app.command("eval")
+def demo_eval(
+    bundle: Annotated[
+        Path | None, typer.Option(help="The bundle to measure; default: the embedded one.")
+    ] = None,
+    is_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Measure the demo on prompts that it was not trained on; exit code 1 if a bar is missed."""
+    from server.commands.demo import evaluate
+
+    try:
+        is_fine = evaluate(bundle, is_json=is_json)
+    except (RamError, OSError) as error:
+        fail(error)
+    raise typer.Exit(0 if is_fine else 1)

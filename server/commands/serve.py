@@ -1,0 +1,172 @@
+"""`ram serve`: bind, load while already answering health checks, serve, and leave cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import signal
+import socket
+import threading
+from types import FrameType
+
+import typer
+import uvicorn
+from rich.console import Console
+
+from ram_core.engine.config import EngineConfig
+from server.app import create_app
+from server.serving import Loaded, Serving
+from server.settings import Settings, SettingsError
+
+_LAST_WORDS_S = 5.0
+"""After the grace, streams have so long to tell their clients of the end before they are cut."""
+
+
+class GracefulServer(uvicorn.Server):
+    """Stays open for a while after SIGTERM, unready; then gives running answers their grace."""
+
+    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+        super().__init__(config)
+        self._serving = serving
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to leave; a second signal, or SIGINT, skips the drain."""
+        drain_s = self._serving.settings.drain_s
+        if sig == signal.SIGTERM and drain_s and not self._serving.is_draining:
+            self._serving.is_draining = True
+            leave = super().handle_exit
+            self._loop.call_soon_threadsafe(self._loop.call_later, drain_s, leave, sig, frame)
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door; when the grace ends, so does the engine, and every stream says so."""
+        self._serving.is_draining = True
+        grace_s = self._serving.settings.shutdown_grace_s
+        ending = asyncio.create_task(self._close_after(grace_s))
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _close_after(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        await self._serving.close()
+
+
+def run(settings: Settings) -> None:
+    """Serve until a signal comes.
+
+    Raises:
+        SettingsError: nothing to serve, or no port to serve on.
+        CheckpointError: a model cannot be served.
+    """
+    config = settings.engine_config()
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # uvicorn raises the signal again when it has shut down; by then all is done.
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(sig, lambda *_: None)
+    with bind(settings.host, settings.port) as listener:
+        is_loaded = asyncio.run(_serve(settings, config, listener))
+    if not is_loaded:
+        # A thread still reads weights and cannot be stopped; nothing else is left to do.
+        os._exit(0)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that nobody else has; raises `SettingsError` if that cannot be."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, proto)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen()
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise SettingsError(f"Port {port} of {host} is in use; choose another with --port.") from None
+        raise SettingsError(f"Cannot listen on {host}, port {port}: {error.strerror or error}.") from None
+    return listener
+
+
+async def _serve(settings: Settings, config: EngineConfig, listener: socket.socket) -> bool:
+    """Return whether the models had been loaded when the end came."""
+    app = create_app(settings)
+    serving: Serving = app.state.serving
+    uvicorn_config = uvicorn.Config(
+        app,
+        log_level="info" if settings.log_level == "debug" else "warning",
+        access_log=settings.log_level == "debug",
+        timeout_graceful_shutdown=int(settings.shutdown_grace_s + _LAST_WORDS_S),
+        ws="none",
+    )
+    server = GracefulServer(uvicorn_config, serving)
+    answering = asyncio.create_task(server.serve(sockets=[listener]))
+    loading = _load_in_thread(config)
+    await asyncio.wait((answering, loading), return_when=asyncio.FIRST_COMPLETED)
+    if not loading.done():
+        await answering
+        return False
+    try:
+        serving.open(loading.result())
+        _print_banner(settings, serving, listener)
+    except BaseException:
+        server.should_exit = True
+        await answering
+        raise
+    await answering
+    return True
+
+
+def _load_in_thread(config: EngineConfig) -> asyncio.Future[Loaded]:
+    """Load off the event loop, in a thread that does not keep the process alive."""
+    loop = asyncio.get_running_loop()
+    loading: asyncio.Future[Loaded] = loop.create_future()
+
+    def tell(loaded: Loaded | None, error: Exception | None) -> None:
+        if error is not None:
+            loading.set_exception(error)
+        elif loaded is not None:
+            loading.set_result(loaded)
+
+    def work() -> None:
+        try:
+            loop.call_soon_threadsafe(tell, load(config), None)
+        except Exception as error:
+            loop.call_soon_threadsafe(tell, None, error)
+
+    threading.Thread(target=work, name="ram-load", daemon=True).start()
+    return loading
+
+
+def load(config: EngineConfig) -> Loaded:
+    """The engine, running, and its tokenizer; tells on stderr where it is."""
+    from ram_core.engine.thread import EngineThread
+    from ram_core.models.vocabulary import load_tokenizer
+
+    tokenizer = load_tokenizer(config.proposal, trust_remote_code=config.trust_remote_code)
+    engine = EngineThread.start(config, lambda line: typer.echo(line, err=True))
+    return Loaded(engine, tokenizer)
+
+
+def _print_banner(settings: Settings, serving: Serving, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    names = serving.names
+    aligner = names.aligners[0] if names.aligners else names.proposal
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(f"\n[bold]Ready[/bold] at [bold]{url}/v1[/bold]")
+    console.print(f"  proposal  {settings.model_name}", markup=False)
+    console.print(f"  aligners  {', '.join(names.aligners) or 'none'}", markup=False)
+    console.print("\nTry this:")
+    console.print(
+        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{aligner}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
+        markup=False,
+    )
+    console.print(f"  ram chat --url {url}\n", markup=False)
