@@ -8,6 +8,7 @@ import math
 from typing import Any, Never, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
 from server.openai.errors import ApiError
@@ -111,9 +112,9 @@ def validate(kind: type[Wire], data: dict[str, Any]) -> Wire:
 
 
 def _to_api_error(error: ValidationError, data: dict[str, Any]) -> ApiError:
-    """Tell of the error that reached deepest into the data: of a union's branches, the one that was meant."""
-    paths = [(_path_in(data, details["loc"]), details) for details in error.errors(include_url=False)]
-    path, details = max(paths, key=lambda pair: len(pair[0]))
+    """Tell of the error that got furthest into the data: of a union's branches, the one that was meant."""
+    found = [(_path_in(data, details["loc"]), details) for details in error.errors(include_url=False)]
+    path, details = max(found, key=lambda pair: _reach(*pair))
     kind = details["type"]
     if kind == "missing":
         path = (*path, details["loc"][-1])
@@ -128,6 +129,12 @@ def _to_api_error(error: ValidationError, data: dict[str, Any]) -> ApiError:
     wanted = details["msg"].removeprefix("Value error, ")
     message = f"`{_name(path)}`: {wanted[:1].lower()}{wanted[1:]}, got {_shown(details['input'])}."
     return ApiError(400, message, code=code, param=_name(path) or None)
+
+
+def _reach(path: tuple[int | str, ...], details: ErrorDetails) -> tuple[int, bool, int]:
+    """How far validation came: deep, past the type, and far along a list."""
+    position = path[-1] if path and isinstance(path[-1], int) else 0
+    return len(path), not details["type"].endswith("_type"), position
 
 
 def _path_in(data: Any, loc: tuple[int | str, ...]) -> tuple[int | str, ...]:

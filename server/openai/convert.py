@@ -238,6 +238,8 @@ def to_prompts(request: CompletionRequest) -> Prompts:
     prompt = request.prompt
     if isinstance(prompt, str):
         return Prompts(texts=(prompt,))
+    if not prompt:
+        raise InvalidRequest("`prompt` must not be empty.", param="prompt")
     for item in prompt:
         if isinstance(item, str):
             texts.append(item)

@@ -140,10 +140,12 @@ class AlignedLogprobs(Logprobs):
 
 
 class AlignedChatChoice(ChatChoice):
+    logprobs: AlignedChoiceLogprobs | None = None
     alignment: list[TokenAlignment | None] | None = None
 
 
 class AlignedChunkChoice(ChunkChoice):
+    logprobs: AlignedChunkLogprobs | None = None
     alignment: list[TokenAlignment | None] | None = None
 
 
@@ -151,6 +153,7 @@ class AlignedCompletionChoice(CompletionChoice):
     """Also a choice of a chunk, whose `finish_reason` is null until its last."""
 
     finish_reason: Literal["stop", "length"] | None  # type: ignore[assignment]
+    logprobs: AlignedLogprobs | None = None
     alignment: list[TokenAlignment | None] | None = None
 
 

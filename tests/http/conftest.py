@@ -1,4 +1,4 @@
-"""A fresh engine and server for each test."""
+"""One live server for each module, with an engine that begins anew for each test."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import pytest
 from tests.http.standin import LiveServer, ScriptedEngine, live
 
 
-@pytest.fixture
-def engine() -> ScriptedEngine:
-    return ScriptedEngine()
-
-
-@pytest.fixture
-def server(engine: ScriptedEngine) -> Iterator[LiveServer]:
-    with live(engine) as running:
+@pytest.fixture(scope="module")
+def server() -> Iterator[LiveServer]:
+    with live(ScriptedEngine()) as running:
         yield running
 
 
 @pytest.fixture
-def client(server: LiveServer) -> Iterator[httpx.Client]:
+def engine(server: LiveServer) -> ScriptedEngine:
+    engine: ScriptedEngine = server.engine
+    engine.reset()
+    return engine
+
+
+@pytest.fixture
+def client(server: LiveServer, engine: ScriptedEngine) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=10) as http:
         yield http

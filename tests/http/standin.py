@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import queue
 import threading
 import time
@@ -50,7 +51,7 @@ class Gate:
 
     async def pass_through(self) -> None:
         self._reached.set()
-        while not self._opened.is_set():
+        while not self._opened.is_set():  # noqa: ASYNC110 - the test opens it from another thread
             await asyncio.sleep(0.001)
 
 
@@ -139,10 +140,14 @@ class ScriptedEngine:
     """An `EngineClient` whose every event the test has written."""
 
     def __init__(self, script: Script = greet) -> None:
-        self.script = script
         self.aligners = ("polite", "org/terse")
         self.max_model_len = 256
         self.vocab_size = len(TOKENIZER)
+        self.reset(script)
+
+    def reset(self, script: Script = greet) -> None:
+        """Forget what was said and done."""
+        self.script = script
         self.stats = EngineStats(num_pages=10)
         self.is_dead = False
         self.refusal: RamError | None = None
@@ -207,3 +212,22 @@ def count_metrics(text: str) -> Counter[str]:
             name, _, value = line.rpartition(" ")
             samples[name] = float(value)  # type: ignore[assignment]
     return samples
+
+
+def chat(text: str = "Hi", **fields: Any) -> dict[str, Any]:
+    """The body of a chat request."""
+    return {"model": "big", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def events_of(text: str) -> list[str]:
+    """What a whole stream says, without the `data: `; comments are left out."""
+    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    assert all(block.startswith("data: ") and "\n" not in block for block in blocks), text
+    return [block.removeprefix("data: ") for block in blocks]
+
+
+def chunks_of(text: str) -> list[dict[str, Any]]:
+    """The chunks of a whole stream that ends as it should."""
+    *chunks, last = events_of(text)
+    assert last == "[DONE]"
+    return [json.loads(chunk) for chunk in chunks]
