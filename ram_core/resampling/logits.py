@@ -62,8 +62,9 @@ class Aligner:
     is_bad: Bool[Tensor, " batch"]
 
 
-# A contrast term divides by its model's probability; a true zero there would drown all other terms.
-_LOG_FLOOR = -1e4
+# A contrast term divides by its model's probability. A true zero there counts as this much: less than any
+# softmax of real logits gives, yet small enough to leave the other tokens their digits in float32.
+_LOG_FLOOR = -100.0
 
 
 def combine_aligners(
@@ -72,7 +73,9 @@ def combine_aligners(
     """Compose every row's weighted terms into one aligner, so that `Π q_i^(β_i) ∝ q^strength`.
 
     A row may occur in several terms. Weights may be negative (contrast). All-zero strengths weigh the
-    terms alike, so that telemetry still speaks of the aligner.
+    terms alike, so that telemetry still speaks of the aligner. The grammar's mask `allowed` comes last: a
+    contrast must not turn its zeros into preferences. Where nothing has any mass, as when terms share no
+    token, `log_q` is -inf throughout.
     """
     device = terms[0].logits.device
     strength = torch.zeros(num_rows, device=device)
@@ -83,13 +86,16 @@ def combine_aligners(
     log_q = torch.zeros(num_rows, vocab_size, device=device)
     is_bad = torch.zeros(num_rows, dtype=torch.bool, device=device)
     for term in terms:
-        own = log_probs(term.logits, vocab_size, None if allowed is None else allowed[term.rows])
+        own = log_probs(term.logits, vocab_size)
         total = strength[term.rows]
         share = torch.where(total > 0, term.strength / total.clamp(min=1e-30), 1 / num_terms[term.rows])
         is_bad[term.rows] |= own.is_bad
         log_q.index_add_(0, term.rows, _power(own.log_p, share))
-    # Without it a row of one term is normalised already; a contrast or a mixture is not.
-    return Aligner(log_q.log_softmax(-1), strength, is_bad)
+    if allowed is not None:
+        log_q = log_q.masked_fill(~allowed, -torch.inf)
+    # log_softmax makes NaN of a row without mass.
+    has_mass = log_q.amax(-1, keepdim=True) > -torch.inf
+    return Aligner(torch.where(has_mass, log_q.log_softmax(-1), -torch.inf), strength, is_bad)
 
 
 def _power(log_q: Float[Tensor, "rows vocab"], exponent: Float[Tensor, " rows"]) -> Tensor:
