@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from ram_core.resampling.noise import Purpose, uniform_noise
+from ram_core.resampling.nucleus import UNITS
 
 
 def score_product(
@@ -34,16 +35,15 @@ def score_nucleus(
 def draw_from(
     mass: Float[Tensor, "batch vocab"], noise: Float[Tensor, "batch lanes"]
 ) -> Int64[Tensor, "batch lanes"]:
-    """Inverse-CDF draws: `noise` in [0, 1) picks tokens in proportion to `mass` (need not sum to 1).
+    """Inverse-CDF draws: `noise` in [0, 1) picks tokens in proportion to `mass`, which sums to about 1 a row.
 
-    A token without mass is never drawn.
+    A token without mass is never drawn. Masses are added up as integers, so the sums do not depend on the
+    order in which a device adds, and with it on the other rows: a row's draw is the same in any batch.
     """
-    cumulative = mass.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]
-    wanted = noise * total
-    # Rounding could lift `wanted` to the total itself, beyond every token.
-    wanted = torch.where(wanted < total, wanted, total * (1 - 2.0**-52))
-    return torch.searchsorted(cumulative, wanted.contiguous(), right=True).clamp(max=mass.shape[-1] - 1)
+    cumulative = (mass.double() * UNITS).long().cumsum(-1)
+    # Below the total, as noise is below 1 and rounding keeps that for doubles of 53 bits.
+    wanted = (noise * cumulative[:, -1:]).long()
+    return torch.searchsorted(cumulative, wanted, right=True)
 
 
 def score_candidates(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 # Units of mass in 1.0. A float32 has 24 significant bits, so probabilities down to 2**-28 are exact, and a
 # sum over any vocabulary stays far below 2**63.
-_UNITS = 2.0**52
+UNITS = 2.0**52
 _DIGIT_BITS = 10
 _NUM_BINS = 1 << _DIGIT_BITS
 
@@ -52,7 +52,7 @@ def keep_top_p(
     `p` is float32 and non-negative with a sum of about 1 a row. Always holds the most probable token;
     `top_p` of 1 keeps everything. Among equally probable tokens lower ids come first.
     """
-    units = (p.double() * _UNITS).long()
+    units = (p.double() * UNITS).long()
     total = units.sum(-1)
     target = (total.double() * top_p.double()).long().clamp(min=1).minimum(total)
     keep = _keep_until(p.contiguous().view(torch.int32), units, target)
@@ -88,7 +88,8 @@ def truncate(
     OpenAI-compatible server has it. A knob of None is off for all rows and costs nothing.
     """
     p = log_p.softmax(-1)
-    keep = p > 0
+    # Not `p > 0`: what float32 cannot hold may still matter once an aligner has weighed it.
+    keep = log_p > -torch.inf
     if top_k is not None:
         keep = keep & keep_top_k(p, top_k)
         p = log_p.masked_fill(~keep, -torch.inf).softmax(-1)
