@@ -26,7 +26,7 @@ class Draws:
 
     `log_prob` and the `top_*` (most probable first) are of the law that was really sampled; for a greedy
     row, of the law at temperature 1. They are NaN where the law has no closed form (`candidates`).
-    A row with `is_bad` had non-finite logits: its token means nothing.
+    A row with `is_bad` had non-finite logits, or a bias that left it no token: its token means nothing.
     """
 
     token: Int64[Tensor, " batch"]
@@ -84,6 +84,9 @@ def draw_tokens(
         scores = _end_where_proposed(scores, log_p, params.has_eos_priority, eos_ids)
     if bias is not None:
         scores = scores + bias
+        is_empty = ~scores.amax(-1).isfinite()
+        is_bad = is_bad | is_empty
+        scores = scores.masked_fill(is_empty[:, None], 0.0)
     token, log_law = _reduce(scores, params, features)
     log_law = log_law.masked_fill(aligned.is_empirical[:, None], torch.nan)
     top_log_prob, top_token = log_law.topk(features.max_top_log_probs, dim=-1)
@@ -112,7 +115,7 @@ def _align(
     """Score the nucleus by each row's mode; gate; tell what was done."""
     is_aligned = params.mode != Mode.PROPOSAL
     nucleus = truncate(
-        log_p / params.proposal_temperature[:, None],
+        log_p / params.proposal_temperature.clamp(min=_MIN_TEMPERATURE)[:, None],
         top_k=params.proposal_top_k if features.has_proposal_top_k else None,
         top_p=params.proposal_top_p if features.has_proposal_top_p else None,
     )
@@ -124,33 +127,34 @@ def _align(
     exact = torch.where(is_nucleus_mode, score_nucleus(log_weight, nucleus), product)
 
     kl_p_q = kl_divergence(log_p, aligner.log_q)
-    # An aligner that gives every token of the nucleus no mass at all has nothing to choose from.
-    is_empty = exact.amax(-1) == -torch.inf
-    is_fallback = is_aligned & ((kl_p_q > params.kl_threshold) | is_empty)
-    is_active = is_aligned & ~is_fallback
-    exact = torch.where(is_active[:, None], exact, log_p)
+    is_gated = kl_p_q > params.kl_threshold
+    scores, is_empirical = exact, torch.zeros_like(is_gated)
+    if features.max_candidates:
+        # A cold row has no candidates to draw: its arg max is the product's.
+        is_greedy = _is_greedy(params)
+        is_empirical = (params.mode == Mode.CANDIDATES) & ~is_greedy & ~is_gated
+        empirical = score_candidates(
+            log_p,
+            log_weight,
+            nucleus,
+            torch.where(is_greedy, 1.0, params.temperature),
+            params.num_candidates,
+            features.max_candidates,
+            params.seed,
+            params.position,
+        )
+        scores = torch.where(is_empirical[:, None], empirical, exact)
+    # An aligner that gives no mass at all to the nucleus, or to what was drawn of it, has nothing to choose.
+    is_empty = scores.amax(-1) == -torch.inf
+    is_fallback = is_aligned & (is_gated | is_empty)
+    is_active = (is_aligned & ~is_fallback)[:, None]
 
     ess = effective_sample_size(log_p, log_weight, nucleus)
     mass = aligner_mass(aligner.log_q, nucleus)
-    kl_pi_p = kl_divergence(exact.log_softmax(-1), log_p)
+    kl_pi_p = kl_divergence(torch.where(is_active, exact, log_p).log_softmax(-1), log_p)
     kl_p_q, kl_pi_p, ess, mass = (torch.where(is_aligned, x, 0.0) for x in (kl_p_q, kl_pi_p, ess, mass))
     telemetry = Telemetry(kl_p_q, kl_pi_p, ess, mass, is_fallback)
-    if not features.max_candidates:
-        return _Scores(exact, torch.zeros_like(is_active), telemetry)
-    # A cold row has no candidates to draw: its arg max is the product's.
-    is_greedy = _is_greedy(params)
-    is_empirical = is_active & (params.mode == Mode.CANDIDATES) & ~is_greedy
-    empirical = score_candidates(
-        log_p,
-        log_weight,
-        nucleus,
-        torch.where(is_greedy, 1.0, params.temperature),
-        params.num_candidates,
-        features.max_candidates,
-        params.seed,
-        params.position,
-    )
-    return _Scores(torch.where(is_empirical[:, None], empirical, exact), is_empirical, telemetry)
+    return _Scores(torch.where(is_active, scores, log_p), is_empirical, telemetry)
 
 
 def _end_where_proposed(
@@ -184,4 +188,5 @@ def _reduce(
     log_law = law.log_softmax(-1)
     noise = uniform_noise(params.seed, params.position, Purpose.TOKEN)
     drawn = draw_from(log_law.exp(), noise)[:, 0]
-    return torch.where(is_greedy, scores.argmax(-1), drawn), log_law
+    # Of `law`, not of `scores`: two of those may differ by too little to be told apart by the truncation.
+    return torch.where(is_greedy, law.argmax(-1), drawn), log_law
