@@ -26,8 +26,10 @@ def kl_divergence(
     """`KL(a‖b)` in nats over the whole vocabulary, with `0 · log 0 = 0`; +inf where b lacks a's support."""
     a = log_a.exp()
     terms = a * (log_a - log_b)
+    # Summed in float64: devices split a lone row differently than one of many, and a gate must not notice.
+    total = torch.where(a > 0, terms, 0.0).sum(-1, dtype=torch.float64).float()
     # Rounding can turn a true zero into -1e-8.
-    return torch.where(a > 0, terms, 0.0).sum(-1).clamp(min=0.0)
+    return total.clamp(min=0.0)
 
 
 def effective_sample_size(
