@@ -1,0 +1,1 @@
+"""Training an aligner: the residual-alignment objective, the data and the loop."""
