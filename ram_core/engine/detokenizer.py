@@ -199,12 +199,12 @@ class _WindowPieces:
         self._skip_special_tokens = skip_special_tokens
         self._window = list(prompt_ids[-_NUM_PROMPT_IDS:])
         self._num_told = len(self._window)
-        self._told = self._decode().rstrip(REPLACEMENT)
+        self._told = self._decode()
 
     def push(self, token_id: int) -> str:
         self._window.append(token_id)
         text = self._decode()
-        new = text[len(self._told) :]
+        new = self._news(text)
         is_whole = bool(new) and not text.endswith(REPLACEMENT)
         if not is_whole and len(self._window) - self._num_told < _MAX_PENDING:
             return ""
@@ -215,7 +215,13 @@ class _WindowPieces:
         return new
 
     def flush(self) -> str:
-        return self._decode()[len(self._told) :]
+        return self._news(self._decode())
+
+    def _news(self, text: str) -> str:
+        if text.startswith(self._told):
+            return text[len(self._told) :]
+        # What ended inside a character, the prompt perhaps, has been completed.
+        return text[len(self._told.rstrip(REPLACEMENT)) :]
 
     def _decode(self) -> str:
         return str(self._tokenizer.decode(self._window, skip_special_tokens=self._skip_special_tokens))

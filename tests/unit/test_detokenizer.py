@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -47,6 +47,20 @@ def metaspace() -> PreTrainedTokenizerFast:
 @cache
 def slow() -> ByT5Tokenizer:
     return ByT5Tokenizer()
+
+
+class Opaque:
+    """The byte-level tokenizer as one of which nothing is known but what it decodes; counts its work."""
+
+    def __init__(self) -> None:
+        self.num_decoded = 0
+
+    def __len__(self) -> int:
+        return len(byte_level())
+
+    def decode(self, ids: Sequence[int], **options: bool) -> str:
+        self.num_decoded += len(ids)
+        return byte_level().decode(ids, **options)
 
 
 def pieces_of(detokenizer: Detokenizer, ids: Iterable[int]) -> list[str]:
@@ -157,6 +171,7 @@ def test_a_decoder_that_needs_its_neighbours_is_followed_too(prompt_ids, ids):
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
+@example(REPLACEMENT, "a")
 def test_a_slow_tokenizer_gives_back_any_text(prompt, text):
     tokenizer = slow()
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
@@ -167,6 +182,31 @@ def test_a_slow_tokenizer_gives_back_any_text(prompt, text):
 def test_a_slow_tokenizer_never_tells_half_a_character():
     ids = slow().encode("a🙂b", add_special_tokens=False)
     assert pieces_of(Detokenizer(slow()), ids) == ["a", "", "", "", "🙂", "b", ""]
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+@example(REPLACEMENT, REPLACEMENT)
+def test_an_unknown_tokenizer_gives_back_any_text(prompt, text):
+    detokenizer = Detokenizer(Opaque(), prompt_ids=byte_level().encode(prompt))
+    shown = ""
+    for byte_count, token_id in enumerate(ids_of_bytes(text.encode()), start=1):
+        shown += detokenizer.push(token_id)
+        whole = text.encode()[:byte_count].decode(errors="ignore")
+        assert shown == (whole if not whole.endswith(REPLACEMENT) else shown)
+    assert shown + detokenizer.flush() == text
+
+
+def test_an_unknown_tokenizer_finishes_the_prompts_last_character_too():
+    prompt_ids = byte_level().encode("hello ") + ids_of_bytes(b"\xc3")
+    pieces = pieces_of(Detokenizer(Opaque(), prompt_ids=prompt_ids), ids_of_bytes(b"\xa9!"))
+    assert pieces == ["é", "!", ""]
+
+
+@pytest.mark.parametrize("data", [b"a", b"\xff"])
+def test_an_unknown_tokenizer_does_bounded_work_for_each_token(data):
+    tokenizer = Opaque()
+    assert stream(tokenizer, ids_of_bytes(data * 500)) == (data * 500).decode(errors="replace")
+    assert tokenizer.num_decoded < 500 * 40
 
 
 @settings(max_examples=300)

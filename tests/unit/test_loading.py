@@ -139,6 +139,7 @@ def test_a_model_of_another_kind_is_no_language_model(checkpoint):
 
 def test_missing_weights_are_counted_and_named_without_loading(checkpoint, monkeypatch):
     def drop(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.rotary_emb.inv_freq"] = torch.ones(4)  # A buffer, as old checkpoints have it.
         for layer in range(2):
             del weights[f"model.layers.{layer}.self_attn.q_proj.weight"]
 
@@ -250,11 +251,13 @@ def test_too_little_memory_is_said_in_gib(checkpoint, monkeypatch):
 def test_a_refusal_logs_nothing_and_leaves_the_logger_as_it_was(checkpoint, caplog):
     logging.getLogger("transformers").addHandler(caplog.handler)
     before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_info()
     edit_weights(checkpoint, lambda weights: weights.update(extra=weights.pop("model.norm.weight")))
     refusal(checkpoint)
     logging.getLogger("transformers").removeHandler(caplog.handler)
     assert caplog.records == []
-    assert transformers_logging.get_verbosity() == before
+    assert transformers_logging.get_verbosity() == transformers_logging.INFO
+    transformers_logging.set_verbosity(before)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +294,12 @@ def test_a_rope_that_reads_the_whole_batch_is_refused(rope):
     rope = {"rope_theta": 1e4} | rope | (half if rope["rope_type"] == "longrope" else {})
     config = LlamaConfig(rope_parameters=rope)
     assert f"`{rope['rope_type']}` RoPE" in unsupported_reason(config)
+
+
+def test_a_rope_of_one_kind_of_layer_is_looked_at_too():
+    plain, dynamic = {"rope_type": "default", "rope_theta": 1e4}, {"rope_type": "dynamic", "factor": 2.0}
+    ropes = {"sliding_attention": plain, "full_attention": plain | dynamic}
+    assert "`dynamic` RoPE" in unsupported_reason(make_config("gemma3", rope_parameters=ropes))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "phi", "olmo2", "cohere2", "granite", "starcoder2"])

@@ -105,7 +105,13 @@ def test_wrappers_and_offsets_that_change_no_token_are_no_difference(saved):
 
 
 def test_tokenizers_without_a_tokenizer_json_are_held_against_a_sample():
+    class Shouting(ByT5Tokenizer):
+        def _tokenize(self, text: str) -> list[str]:
+            return super()._tokenize(text.upper())
+
     check_same_vocabulary(ByT5Tokenizer(), ByT5Tokenizer(), aligner_name="bytes")
+    with pytest.raises(VocabularyMismatch, match="it cuts the same text into others"):
+        check_same_vocabulary(ByT5Tokenizer(), Shouting(), aligner_name="bytes")
 
 
 def test_the_size_counts_up_to_the_highest_id():
