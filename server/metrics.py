@@ -78,13 +78,16 @@ class Metrics:
         self.fallbacks = counter("fallbacks", "Aligned tokens at which the gate fell back to the proposal.")
         self.http_requests = counter("http_requests", "Answers by route and status.", ("route", "status"))
         self.unknown_fields = counter("unknown_fields", "Request fields that nobody knows.", ("field",))
+        self._model_name = model_name
+        for aligner in (IDENTITY, SEVERAL):
+            self._create_children(aligner)
         self.registry.register(_EcosystemNames(self, model_name))
 
     def open(self, aligners: tuple[str, ...], stats: Callable[[], EngineStats]) -> None:
-        """Create every label child, so that rates start at 0, and follow the engine's figures."""
-        for aligner in (IDENTITY, SEVERAL, *aligners):
+        """Create the aligners' label children, so that rates start at 0, and follow the engine's figures."""
+        for aligner in aligners:
             self._create_children(aligner)
-        self.registry.register(_EngineFigures(stats))
+        self.registry.register(_EngineFigures(stats, self._model_name))
         self.registry.register(_ResidentAligners(aligners))
 
     def _create_children(self, aligner: str) -> None:
@@ -164,8 +167,9 @@ class Meter:
 class _EngineFigures(Collector):
     """The engine's own figures, read when asked for."""
 
-    def __init__(self, stats: Callable[[], EngineStats]) -> None:
+    def __init__(self, stats: Callable[[], EngineStats], model_name: str) -> None:
         self._stats = stats
+        self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
@@ -176,6 +180,14 @@ class _EngineFigures(Collector):
         yield GaugeMetricFamily("ram_kv_pages_total", "Pages of KV memory.", stats.num_pages)
         yield GaugeMetricFamily("ram_kv_usage_ratio", "Part of KV memory in use.", usage)
         yield CounterMetricFamily("ram_engine_steps", "Steps of the engine.", stats.num_steps)
+        yield self._renamed("num_requests_running", "Sequences in the batch.", stats.num_running)
+        yield self._renamed("num_requests_waiting", "Sequences in the queue.", stats.num_waiting)
+        yield self._renamed("kv_cache_usage_perc", "Part of KV memory in use.", usage)
+
+    def _renamed(self, name: str, text: str, value: float) -> Metric:
+        gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
+        gauge.add_metric([self._model_name], value)
+        return gauge
 
 
 class _ResidentAligners(Collector):
@@ -198,11 +210,6 @@ class _EcosystemNames(Collector):
     def __init__(self, metrics: Metrics, model_name: str) -> None:
         self._metrics = metrics
         self._model_name = model_name
-        self._gauges = {
-            "ram_requests_running": "vllm:num_requests_running",
-            "ram_requests_waiting": "vllm:num_requests_waiting",
-            "ram_kv_usage_ratio": "vllm:kv_cache_usage_perc",
-        }
 
     def describe(self) -> Iterable[Metric]:
         return []

@@ -1,0 +1,156 @@
+"""Where a deployment's knobs come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from ram_core.engine.config import AlignerSource, EngineConfig
+from server.settings import Settings, SettingsError, aligner_table, load_settings, parse_size
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """No file and no variable of the machine that runs the tests."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAM_CONFIG", raising=False)
+
+
+def test_a_flag_wins_over_the_environment_and_that_over_the_file(monkeypatch):
+    Path("ram.toml").write_text('port = 1\nhost = "file"\ndevice = "file"\n[aligners]\npolite = "/p"\n')
+    monkeypatch.setenv("RAM_PORT", "2")
+    monkeypatch.setenv("RAM_HOST", "environment")
+    settings = load_settings(port=3)
+    assert (settings.port, settings.host, settings.device) == (3, "environment", "file")
+    assert settings.aligners == {"polite": "/p"}
+
+
+def test_the_file_may_be_elsewhere(tmp_path, monkeypatch):
+    path = tmp_path / "other.toml"
+    path.write_text("port = 4")
+    monkeypatch.setenv("RAM_CONFIG", str(path))
+    assert load_settings().port == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("2GiB", 2 * 2**30),
+        ("512 MiB", 512 * 2**20),
+        ("1.5kb", 1500),
+        ("7", 7),
+        ("3G", 3_000_000_000),
+        ("1KiB", 1024),
+    ],
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+    assert load_settings(kv_memory=text).kv_memory == size
+
+
+@pytest.mark.parametrize("text", ["2 apples", "-1", "GiB", "1e9", ""])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="not a size"):
+        parse_size(text)
+
+
+def test_aligners_are_read_from_flags_and_from_the_environment(monkeypatch):
+    assert aligner_table(["a=/x", "b=/y=z"]) == {"a": "/x", "b": "/y=z"}
+    monkeypatch.setenv("RAM_ALIGNERS", "a=/x, b=/y")
+    assert load_settings().aligners == {"a": "/x", "b": "/y"}
+    for bad in (["a"], ["=x"], ["a="], ["a=/x", "a=/y"]):
+        with pytest.raises(ValueError, match="aligner"):
+            aligner_table(bad)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"port": 70000}, "`port`"),
+        ({"kv_memory": "lots"}, "`kv_memory`: not a size"),
+        ({"aligners": ["polite"]}, "`aligners`: an aligner is given as NAME=PATH"),
+        ({"aligners": ["identity=/x"]}, "identity"),
+        ({"demo": True, "proposal": "/x"}, "`demo`"),
+        ({"log_level": "loud"}, "`log_level`"),
+        ({"max_batch": 0}, "`max_batch`"),
+        ({"config": Path("nowhere.toml")}, "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_the_field(flags, reason, monkeypatch):
+    monkeypatch.setenv("RAM_CONFIG", "")
+    with pytest.raises(SettingsError) as error:
+        load_settings(**flags)
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_or_misspelt_file_is_refused():
+    Path("ram.toml").write_text("port = ")
+    with pytest.raises(SettingsError, match="not valid TOML"):
+        load_settings()
+    Path("ram.toml").write_text("prot = 5")
+    with pytest.raises(SettingsError, match="`prot`"):
+        load_settings()
+
+
+def test_engine_knobs_have_the_engines_defaults(tmp_path):
+    config = load_settings(proposal=str(tmp_path), aligners=["a=/x"]).engine_config()
+    assert config == EngineConfig(proposal=str(tmp_path), aligners=(AlignerSource("a", "/x"),))
+
+
+def test_every_engine_knob_can_be_set(tmp_path):
+    values = {
+        "device": "cpu",
+        "dtype": "float32",
+        "max_model_len": 77,
+        "kv_memory": "1KiB",
+        "page_size": 7,
+        "max_batch": 5,
+        "max_step_tokens": 55,
+        "max_queue": 3,
+        "trust_remote_code": True,
+    }
+    config = load_settings(proposal=str(tmp_path), **values).engine_config()
+    default = EngineConfig(proposal="")
+    same = [
+        field.name
+        for field in dataclasses.fields(EngineConfig)
+        if getattr(config, field.name) == getattr(default, field.name)
+    ]
+    assert same == ["aligners"]
+
+
+def test_a_directory_of_aligners_is_read_and_names_given_explicitly_win(tmp_path):
+    for name in ("terse", "polite"):
+        (tmp_path / "all" / name).mkdir(parents=True)
+        (tmp_path / "all" / name / "config.json").write_text("{}")
+    (tmp_path / "all" / "notes").mkdir()
+    settings = load_settings(proposal="org/big", aligners_dir=tmp_path / "all", aligners=["terse=/other"])
+    assert [(aligner.name, aligner.source) for aligner in settings.engine_config().aligners] == [
+        ("polite", str(tmp_path / "all" / "polite")),
+        ("terse", "/other"),
+    ]
+
+
+def test_the_proposals_name(tmp_path):
+    (tmp_path / "llama").mkdir()
+    assert Settings().model_name == "ram-demo"
+    assert Settings(proposal=str(tmp_path / "llama")).model_name == "llama"
+    assert Settings(proposal="llama/").model_name == "llama"
+    assert Settings(proposal="org/llama").model_name == "org/llama"
+    assert Settings(proposal="org/llama", served_model_name="big").model_name == "big"
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"aligners": ["big=/x"], "served_model_name": "big"}, "proposal's name"),
+        ({"aligners": ["a=/x"], "default_aligner": "b"}, "the aligners are: a"),
+        ({"aligners_dir": Path("/nowhere")}, "not a directory"),
+    ],
+)
+def test_names_that_cannot_work_are_refused(flags, reason):
+    with pytest.raises(SettingsError, match=reason):
+        load_settings(proposal="org/big", **flags).engine_config()
