@@ -120,15 +120,10 @@ class Generation:
         meter: Meter,
     ) -> None:
         self._engine = engine
+        self._tokenizer = tokenizer
         self._requests = requests
         self._meter = meter
-        self._choices = [
-            [
-                _Choice(first * request.num_choices + index, request, tokenizer)
-                for index in range(request.num_choices)
-            ]
-            for first, request in enumerate(requests)
-        ]
+        self._choices: list[list[_Choice]] = []
         self._num_open = self.num_choices
         self._streams: list[EventStream] = []
         self._events: AsyncIterator[tuple[int, Event]]
@@ -137,7 +132,7 @@ class Generation:
 
     @property
     def num_choices(self) -> int:
-        return sum(len(choices) for choices in self._choices)
+        return sum(request.num_choices for request in self._requests)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -152,6 +147,7 @@ class Generation:
         async with AsyncExitStack() as exits:
             for request in self._requests:
                 self._streams.append(await exits.enter_async_context(self._engine.submit(request)))
+            self._choices = self._make_choices()
             if len(self._streams) == 1:
                 self._events = _Single(self._streams[0])
             else:
@@ -180,6 +176,16 @@ class Generation:
                 if choice.finish_reason is None:
                     return self._take(source, event, choice)
         raise StopAsyncIteration
+
+    def _make_choices(self) -> list[list[_Choice]]:
+        """For each prompt its choices; only once the engine has found the prompts' token ids to be some."""
+        return [
+            [
+                _Choice(first * request.num_choices + index, request, self._tokenizer)
+                for index in range(request.num_choices)
+            ]
+            for first, request in enumerate(self._requests)
+        ]
 
     async def _next_event(self) -> tuple[int, Event]:
         try:
