@@ -105,7 +105,7 @@ def test_a_broken_aligner_is_a_problem_and_the_rest_is_still_counted(tmp_path):
 
 def test_a_missing_proposal_is_said_once(tmp_path):
     _, aligners = save_pair(tmp_path, aligners=["polite"])
-    report = inspect("/no/such/place", aligners)
+    report = inspect("/no/such/place", aligners, max_model_len=100)
     assert report.problems == ("`/no/such/place`: no such directory",)
     assert not report.aligners[0].is_vocabulary_shared
 

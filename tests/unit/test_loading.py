@@ -269,6 +269,7 @@ def test_a_refusal_logs_nothing_and_leaves_the_logger_as_it_was(checkpoint, capl
         ("qwen3_next", {}, "(linear_attention)"),
         ("llama4_text", {}, "(chunked_attention)"),
         ("recurrent_gemma", {}, "softmax attention"),
+        ("rwkv", {}, "softmax attention"),
         ("bloom", {}, "ALiBi"),
         ("mpt", {}, "ALiBi"),
         ("falcon", {"alibi": True}, "ALiBi"),
