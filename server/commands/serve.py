@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import typer
@@ -65,14 +67,23 @@ def run(settings: Settings) -> None:
     config = settings.engine_config()
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    # uvicorn raises the signal again when it has shut down; by then all is done.
-    for sig in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(sig, lambda *_: None)
-    with bind(settings.host, settings.port) as listener:
+    with bind(settings.host, settings.port) as listener, _signals_end_serving():
         is_loaded = asyncio.run(_serve(settings, config, listener))
     if not is_loaded:
         # A thread still reads weights and cannot be stopped; nothing else is left to do.
         os._exit(0)
+
+
+@contextmanager
+def _signals_end_serving() -> Iterator[None]:
+    """uvicorn raises a signal again when it has shut down; by then all is done: it must do nothing."""
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(sig, lambda *_: None) for sig in signals]
+    try:
+        yield
+    finally:
+        for sig, handler in zip(signals, before, strict=True):
+            signal.signal(sig, handler)
 
 
 def bind(host: str, port: int) -> socket.socket:

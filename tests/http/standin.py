@@ -51,7 +51,7 @@ class Gate:
 
     async def pass_through(self) -> None:
         self._reached.set()
-        while not self._opened.is_set():  # noqa: ASYNC110 - the test opens it from another thread
+        while not self._opened.is_set():
             await asyncio.sleep(0.001)
 
 
