@@ -23,7 +23,7 @@ def normalised(weights: np.ndarray) -> np.ndarray:
 def draw_many(
     num_candidates: int, num_rows: int, temperature: float = 1.0, strength: float = 1.0
 ) -> np.ndarray:
-    """Tokens of P and Q by candidates, without the rest of the step."""
+    """Tokens of P and Q by candidates, without the rest of the step; some other row wants three more."""
 
     def rows(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).float().expand(num_rows, -1)
@@ -35,7 +35,7 @@ def draw_many(
         torch.from_numpy(IN_NUCLEUS).expand(num_rows, -1),
         torch.full((num_rows,), temperature),
         torch.full((num_rows,), num_candidates),
-        num_candidates,
+        num_candidates + 3,
         seed,
         position,
     )
@@ -65,7 +65,7 @@ def test_many_candidates_tend_to_the_product():
 
 @pytest.mark.parametrize(
     ("num_candidates", "temperature", "strength"),
-    [(1, 0.7, 1.0), (2, 1.0, 1.0), (3, 0.7, 2.0), (5, 1.5, -1.0), (16, 1.0, 1.0)],
+    [(1, 0.7, 1.0), (2, 1.0, 1.0), (3, 0.7, 2.0), (5, 1.5, -1.0), (16, 1.0, 1.0), (16, 0.5, 1.0)],
 )
 def test_drawn_tokens_follow_the_exact_law(num_candidates, temperature, strength):
     """Draws come from p^(1/T) on the nucleus, weights are q^(β/T), duplicates keep their count."""

@@ -155,9 +155,12 @@ def test_a_bad_row_is_told_and_its_neighbours_go_on(of, how):
     assert (draws.token[4:8] < VOCAB_SIZE).all()
 
 
-def test_a_spoilt_second_aligner_spoils_its_own_rows_only():
-    rows = aligned_rows([Resampling.PRODUCT] * 3)
-    rows[1] = replace(rows[1], terms=(*rows[1].terms, (np.full(VOCAB_SIZE, np.nan), 0.5)))
+@pytest.mark.parametrize("nth", [0, 1, 2])
+def test_one_spoilt_aligner_of_several_spoils_its_own_row_only(nth):
+    rows = [replace(row, terms=row.terms * 3) for row in aligned_rows([Resampling.PRODUCT] * 3)]
+    terms = list(rows[1].terms)
+    terms[nth] = (np.full(VOCAB_SIZE, np.nan), 0.5)
+    rows[1] = replace(rows[1], terms=tuple(terms))
     assert laws.draw(rows).is_bad.tolist() == [False, True, False]
 
 
