@@ -24,7 +24,7 @@ from ram_core.models.loading import (
     unsupported_reason,
 )
 from ram_core.models.paged import PagedModel
-from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer, vocabulary_size
+from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer, shared_vocabulary_size
 
 Progress = Callable[[str], None]
 """Told what is being done, one line at a time."""
@@ -78,8 +78,8 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
     progress("reading configs and tokenizers")
     configs = {name: _load_supported_config(name, source, config) for name, source in sources.items()}
     tokenizer = _load_tokenizers(sources, config)
-    vocab_size = vocabulary_size(tokenizer)
-    _check_embeddings(configs, vocab_size)
+    rows = {name: loaded.get_text_config().vocab_size for name, loaded in configs.items()}
+    vocab_size = shared_vocabulary_size(tokenizer, rows.pop("proposal"), rows)
     max_model_len = _choose_max_model_len(config, configs)
 
     device = resolve_device(config.device)
@@ -133,15 +133,6 @@ def _load_tokenizers(sources: Mapping[str, str], config: EngineConfig) -> PreTra
         own = load_tokenizer(aligner.source, trust_remote_code=config.trust_remote_code)
         check_same_vocabulary(tokenizer, own, aligner_name=aligner.name)
     return tokenizer
-
-
-def _check_embeddings(configs: Mapping[str, PretrainedConfig], vocab_size: int) -> None:
-    for name, config in configs.items():
-        rows = config.get_text_config().vocab_size
-        if rows < vocab_size:
-            raise CheckpointError(
-                f"`{name}` has logits for {rows} tokens, but its tokenizer has {vocab_size}"
-            )
 
 
 def _choose_max_model_len(config: EngineConfig, configs: Mapping[str, PretrainedConfig]) -> int:

@@ -26,7 +26,7 @@ from ram_core.models.loading import (
     unsupported_reason,
 )
 from ram_core.models.paged import PagedModel
-from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer
+from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer, shared_vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def inspect_pair(
     judged = []
     for name, source in aligners.items():
         report, own = _inspect(name, source, options)
-        judged.append(AlignerReport(report, _vocabulary_problem(vocabulary, own, name)))
+        judged.append(AlignerReport(report, _vocabulary_problem(main, vocabulary, report, own)))
     models = [main, *(aligner.model for aligner in judged)]
     longest = min((model.context_tokens for model in models if model.context_tokens), default=0)
     problems = [problem for model in models for problem in model.problems]
@@ -177,12 +177,17 @@ def _architecture(config: PreTrainedConfig) -> str:
 
 
 def _vocabulary_problem(
-    proposal: PreTrainedTokenizerBase | None, aligner: PreTrainedTokenizerBase | None, name: str
+    main: ModelReport,
+    proposal: PreTrainedTokenizerBase | None,
+    report: ModelReport,
+    aligner: PreTrainedTokenizerBase | None,
 ) -> str:
     if proposal is None or aligner is None:
         return _NOT_COMPARED
     try:
-        check_same_vocabulary(proposal, aligner, aligner_name=name)
+        check_same_vocabulary(proposal, aligner, aligner_name=report.name)
+        if main.num_rows and report.num_rows:
+            shared_vocabulary_size(proposal, main.num_rows, {report.name: report.num_rows})
     except VocabularyMismatch as error:
         return str(error)
     return ""

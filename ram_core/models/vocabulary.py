@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,19 +65,35 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
+def shared_vocabulary_size(
+    tokenizer: PreTrainedTokenizerBase, num_rows: int, aligner_rows: Mapping[str, int]
+) -> int:
+    """Ids that can be drawn: those of the tokenizer for which the proposal has one of its `num_rows` logits.
+
+    Some checkpoints name a token more than their model has logits for; it can never be drawn.
+
+    Raises:
+        VocabularyMismatch: an aligner has no logits for some of these ids.
+    """
+    size = min(vocabulary_size(tokenizer), num_rows)
+    for name, rows in aligner_rows.items():
+        if rows < size:
+            raise VocabularyMismatch(
+                f"aligner `{name}` has logits for {rows} tokens, the proposal for {size}"
+            )
+    return size
+
+
 def check_same_vocabulary(
     proposal: PreTrainedTokenizerBase, aligner: PreTrainedTokenizerBase, *, aligner_name: str
 ) -> None:
     """Refuse an aligner whose tokenizer is not the proposal's.
 
     Raises:
-        VocabularyMismatch: where they differ first: an id, a size, a special token, or how text is cut.
+        VocabularyMismatch: where they differ first: an id, a size, or how text is cut. Which tokens end a
+            text is not compared: only the proposal's count.
     """
-    difference = (
-        _token_difference(proposal, aligner)
-        or _special_difference(proposal, aligner)
-        or _cutting_difference(proposal, aligner)
-    )
+    difference = _token_difference(proposal, aligner) or _cutting_difference(proposal, aligner)
     if difference:
         raise VocabularyMismatch(f"aligner `{aligner_name}` cannot follow the proposal: {difference}")
 
@@ -103,14 +120,6 @@ def _token_difference(proposal: PreTrainedTokenizerBase, aligner: PreTrainedToke
         f"the proposal has {len(ours)} tokens and it has {len(theirs)}; "
         f"the first that only one of them has is {token_id}, {_quoted(our_token or their_token)}"
     )
-
-
-def _special_difference(proposal: PreTrainedTokenizerBase, aligner: PreTrainedTokenizerBase) -> str:
-    for name in ("eos_token", "bos_token"):
-        ours, theirs = getattr(proposal, name), getattr(aligner, name)
-        if ours != theirs:
-            return f"its `{name}` is {_quoted(theirs)} and the proposal's is {_quoted(ours)}"
-    return ""
 
 
 def _cutting_difference(proposal: PreTrainedTokenizerBase, aligner: PreTrainedTokenizerBase) -> str:

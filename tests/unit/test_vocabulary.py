@@ -17,6 +17,7 @@ from ram_core.models.vocabulary import (
     check_same_vocabulary,
     fingerprint,
     load_tokenizer,
+    shared_vocabulary_size,
     vocabulary_size,
 )
 from tests.models import SENTENCES, make_tokenizer
@@ -73,11 +74,21 @@ def test_an_added_token_is_a_difference():
     assert "it has 301; the first that only one of them has is 300, '<think>'" in mismatch(aligner)
 
 
-@pytest.mark.parametrize("name", ["eos_token", "bos_token"])
-def test_another_special_token_is_named(name):
+def test_another_end_of_text_is_no_difference():
+    """A base model's tokenizer beside an instruct model's: the same ids and strings."""
     aligner = make_tokenizer()
-    setattr(aligner, name, "<|pad|>")
-    assert f"its `{name}` is '<|pad|>'" in mismatch(aligner)
+    aligner.eos_token = "<|pad|>"
+    check_same_vocabulary(make_tokenizer(), aligner, aligner_name="base")
+
+
+def test_only_ids_with_logits_can_be_drawn():
+    tokenizer = make_tokenizer()
+    assert shared_vocabulary_size(tokenizer, 320, {"polite": 300}) == 300
+    assert shared_vocabulary_size(tokenizer, 299, {"polite": 299}) == 299
+    with pytest.raises(
+        VocabularyMismatch, match="aligner `polite` has logits for 299 tokens, the proposal for 300"
+    ):
+        shared_vocabulary_size(tokenizer, 320, {"polite": 299})
 
 
 def test_other_merges_of_the_same_tokens_are_refused(saved):
