@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import socket
 
 import httpx
 import pytest
 
 from ram_core.errors import ContextLengthExceeded, InvalidRequest
-from tests.http.standin import ScriptedEngine, chat, live
+from tests.http.standin import PATIENCE_S, ScriptedEngine, chat, live
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
@@ -288,6 +289,13 @@ def test_a_large_body_is_refused_whether_or_not_it_says_so():
 
         answer = client.post(CHAT, content=pieces(), headers=headers)
         assert_error(answer, 413, None, "request_too_large")
+
+
+def test_a_body_that_says_it_is_large_is_refused_before_it_is_sent(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
+        connection.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n".encode())
+        assert connection.recv(12) == b"HTTP/1.1 413"
 
 
 @pytest.mark.parametrize(

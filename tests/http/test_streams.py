@@ -197,7 +197,7 @@ def test_a_failing_choice_stops_its_siblings(client, engine):
     assert engine.cancelled.get(timeout=10) == (engine.last.request_id, 1)
 
 
-def test_a_bug_midway_is_told_without_its_details(client, engine):
+def test_a_bug_midway_is_logged_and_told_without_its_details(client, engine, caplog):
     def script(request):
         yield from say(request, "Hello", finish=None)
         raise ValueError("secret path /etc")
@@ -207,6 +207,7 @@ def test_a_bug_midway_is_told_without_its_details(client, engine):
     assert json.loads(error)["error"]["type"] == "server_error"
     assert "secret" not in error
     assert done == "[DONE]"
+    assert "secret path" in caplog.text
 
 
 def test_an_engine_that_falls_silent_is_an_error(client, engine):

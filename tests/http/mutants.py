@@ -1,0 +1,86 @@
+"""One-line breaks of the server that its tests must notice: (file, old, new, tests that notice)."""
+
+from __future__ import annotations
+
+_STREAMS = ("tests/http/test_streams.py",)
+_ANSWERS = ("tests/http/test_answers.py",)
+_BAD_INPUT = ("tests/http/test_bad_input.py",)
+_HANG_UP = ("tests/http/test_hang_up.py",)
+_ERRORS = ("tests/http/test_errors.py",)
+_METRICS = ("tests/http/test_models_health_metrics.py",)
+_CONVERT = ("tests/unit/test_server_convert.py",)
+_SETTINGS = ("tests/unit/test_server_settings.py",)
+
+SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
+    (
+        "server/streaming.py",
+        "                await self._generation.__aexit__()",
+        "                pass",
+        _HANG_UP,
+    ),
+    ("server/streaming.py", "for task in (working, watching):", "for task in (watching,):", _HANG_UP),
+    ("server/streaming.py", "            first.result()\n", "            pass\n", _STREAMS),
+    ("server/streaming.py", "            yield error_event(error)\n", "", _STREAMS),
+    ("server/streaming.py", "            if self._wants_usage:", "            if True:", _STREAMS),
+    ("server/streaming.py", "timeout=settings.ping_s)", "timeout=None)", _STREAMS),
+    ("server/streaming.py", "send_timeout=settings.send_timeout_s", "send_timeout=None", _HANG_UP),
+    ("server/streaming.py", "if not isinstance(error, RamError):", "if False:", _STREAMS),
+    ("server/generation.py", "self._streams[source].cancel(event.index)", "pass", _STREAMS),
+    ("server/generation.py", "if event.finish_reason is None:", "if False:", _STREAMS),
+    ("server/generation.py", 'if event.finish_reason != "stop":', "if True:", _ANSWERS),
+    ("server/generation.py", "first * request.num_choices + index", "index", _STREAMS),
+    ("server/generation.py", "text += self._detokenizer.flush()", "pass", _STREAMS),
+    ("server/generation.py", "if math.isfinite(value):", "if True:", _ANSWERS),
+    ("server/generation.py", "            raise event.error", "            continue", _STREAMS),
+    ("server/generation.py", 'self._outcome = "error"\n                raise event', "raise event", _METRICS),
+    ("server/openai/render.py", "if math.isfinite(log_prob) else NOT_FINITE_LOG_PROB", "", _STREAMS),
+    ("server/openai/render.py", "if delta.is_first:", "if True:", _STREAMS),
+    ("server/openai/render.py", "table.setdefault(", "table.pop(", _ANSWERS),
+    ("server/openai/body.py", "if len(raw) > max_bytes:", "if False:", _BAD_INPUT),
+    ("server/openai/body.py", "int(announced) > max_bytes", "False", _BAD_INPUT),
+    ("server/openai/body.py", "object_pairs_hook=_unique_keys,", "", _BAD_INPUT),
+    ("server/openai/body.py", "parse_constant=_refuse_constant,", "", _BAD_INPUT),
+    ("server/openai/body.py", "parse_float=_finite_float,", "", _BAD_INPUT),
+    ("server/openai/body.py", 'if b"\\\\u" in raw:', "if False:", _BAD_INPUT),
+    ("server/openai/body.py", "return len(path), not", "return 0, not", _BAD_INPUT),
+    ("server/openai/fields.py", "not isinstance(value, bool) and", "", _BAD_INPUT),
+    (
+        "server/openai/fields.py",
+        "is_neutral is None or not is_neutral(value)",
+        "is_neutral is None",
+        _BAD_INPUT,
+    ),
+    (
+        "server/openai/schema.py",
+        'ConfigDict(strict=True, extra="allow"',
+        'ConfigDict(extra="allow"',
+        _BAD_INPUT,
+    ),
+    (
+        "server/openai/convert.py",
+        "_to_term(name, own * strength, place)",
+        "_to_term(name, own, place)",
+        _CONVERT,
+    ),
+    ("server/openai/convert.py", '"kl_threshold": "kl_threshold",', "", _CONVERT),
+    ("server/openai/convert.py", "0 if request.top_k == -1 else request.top_k", "request.top_k", _BAD_INPUT),
+    ("server/openai/convert.py", "if model == names.proposal:", "if False:", _ANSWERS),
+    ("server/openai/convert.py", "return names.default_aligner or IDENTITY", "return IDENTITY", _ERRORS),
+    ("server/openai/errors.py", "math.ceil(error.retry_after_s))", "int(error.retry_after_s))", _ERRORS),
+    ("server/openai/errors.py", "param=param, headers=headers)", "param=param)", _ERRORS),
+    ("server/middleware.py", "if _SANE_ID.fullmatch(given)", "if given", _ERRORS),
+    ("server/metrics.py", "for aligner in aligners:", "for aligner in ():", _METRICS),
+    ("server/metrics.py", "if not math.isnan(value):", "if True:", _METRICS),
+    ("server/metrics.py", "len(self._field_names) >= MAX_FIELD_NAMES or", "", _BAD_INPUT),
+    ("server/metrics.py", 'labels["reason"] != "error"', "True", _METRICS),
+    ("server/serving.py", "if not stats.num_running + stats.num_waiting:", "if False:", _METRICS),
+    ("server/serving.py", "        if not engine.is_alive:", "        if False:", _METRICS),
+    (
+        "server/routes/shared.py",
+        "return terms[0].aligner if len(terms) == 1 else SEVERAL",
+        "return SEVERAL",
+        _METRICS,
+    ),
+    ("server/settings.py", "base = 1024 if binary else 1000", "base = 1024", _SETTINGS),
+    ("server/settings.py", "return found | self.aligners", "return self.aligners | found", _SETTINGS),
+]
