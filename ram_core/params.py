@@ -23,7 +23,7 @@ class Resampling(StrEnum):
 
 
 def require_range(name: str, value: float, low: float, high: float, *, above_low: bool = False) -> None:
-    """Raise `InvalidRequest` unless `low <= value <= high` (`low < value` with `above_low`); NaN never passes."""
+    """Raise `InvalidRequest` unless `low <= value <= high`, or `low < value` with `above_low`; NaN fails."""
     is_low_enough = value > low if above_low else value >= low
     if not (is_low_enough and value <= high):
         bracket = "(" if above_low else "["

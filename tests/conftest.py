@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tiny tensors: threads cost more than they bring, ruinously so on a busy machine.
+torch.set_num_threads(1)
 
 FOLDERS = {"unit", "exactness", "http", "gpu"}
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Rows
 
 from ram_core.engine.bank import ModelBank, Progress, load_bank
 from ram_core.engine.config import EngineConfig
+from ram_core.engine.memory import keep_freed_memory
 from ram_core.engine.messages import (
     Cancel,
     Command,
@@ -47,6 +48,7 @@ class Engine:
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress = lambda _: None) -> Engine:
         """Load what `config` names. Raises `CheckpointError` if any of it cannot be served."""
+        keep_freed_memory()
         return cls(config, load_bank(config, progress))
 
     @property

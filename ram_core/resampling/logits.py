@@ -68,34 +68,61 @@ _LOG_FLOOR = -100.0
 
 
 def combine_aligners(
-    terms: Sequence[AlignerLogits], *, num_rows: int, vocab_size: int, allowed: Tensor | None = None
+    terms: Sequence[AlignerLogits],
+    *,
+    num_rows: int,
+    vocab_size: int,
+    has_mixtures: bool,
+    allowed: Bool[Tensor, "batch vocab"] | None = None,
 ) -> Aligner:
     """Compose every row's weighted terms into one aligner, so that `Π q_i^(β_i) ∝ q^strength`.
 
-    A row may occur in several terms. Weights may be negative (contrast). All-zero strengths weigh the
-    terms alike, so that telemetry still speaks of the aligner. The grammar's mask `allowed` comes last: a
+    A row may occur in several terms, and weights may be negative (contrast), if `has_mixtures`; without, each
+    row has at most one term, of a weight that is not negative. The grammar's mask `allowed` comes last: a
     contrast must not turn its zeros into preferences. Where nothing has any mass, as when terms share no
     token, `log_q` is -inf throughout.
     """
     device = terms[0].logits.device
-    strength = torch.zeros(num_rows, device=device)
-    num_terms = torch.zeros(num_rows, device=device)
-    for term in terms:
-        strength.index_add_(0, term.rows, term.strength.abs())
-        num_terms.index_add_(0, term.rows, torch.ones_like(term.strength))
     log_q = torch.zeros(num_rows, vocab_size, device=device)
     is_bad = torch.zeros(num_rows, dtype=torch.bool, device=device)
+    strength = torch.zeros(num_rows, device=device)
     for term in terms:
+        strength.index_add_(0, term.rows, term.strength.abs())
+    shares = _shares(terms, strength) if has_mixtures else None
+    # A lone aligner is normalised already; doing it again would move last bits by what other rows ask for.
+    is_loose = torch.zeros_like(is_bad)
+    for index, term in enumerate(terms):
         own = log_probs(term.logits, vocab_size)
-        total = strength[term.rows]
-        share = torch.where(total > 0, term.strength / total.clamp(min=1e-30), 1 / num_terms[term.rows])
         is_bad[term.rows] |= own.is_bad
-        log_q.index_add_(0, term.rows, _power(own.log_p, share))
+        log_q.index_add_(0, term.rows, own.log_p if shares is None else _power(own.log_p, shares[index]))
+        if shares is not None:
+            is_loose[term.rows] |= shares[index] != 1
     if allowed is not None:
         log_q = log_q.masked_fill(~allowed, -torch.inf)
-    # log_softmax makes NaN of a row without mass.
+        is_loose |= ~allowed.all(-1)
+    if allowed is not None or has_mixtures:
+        log_q = torch.where(is_loose[:, None], _normalised(log_q), log_q)
+    return Aligner(log_q, strength, is_bad)
+
+
+def _normalised(log_q: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+    """`log_softmax`, but -inf instead of NaN for a row without mass."""
     has_mass = log_q.amax(-1, keepdim=True) > -torch.inf
-    return Aligner(torch.where(has_mass, log_q.log_softmax(-1), -torch.inf), strength, is_bad)
+    return torch.where(has_mass, log_q.log_softmax(-1), -torch.inf)
+
+
+def _shares(
+    terms: Sequence[AlignerLogits], strength: Float[Tensor, " batch"]
+) -> list[Float[Tensor, " rows"]]:
+    """Each term's part of its rows' strength; all-zero ones weigh alike, so that telemetry still speaks."""
+    num_terms = torch.zeros_like(strength)
+    for term in terms:
+        num_terms.index_add_(0, term.rows, torch.ones_like(term.strength))
+    totals = [strength[term.rows] for term in terms]
+    return [
+        torch.where(total > 0, term.strength / total.clamp(min=1e-30), 1 / num_terms[term.rows])
+        for term, total in zip(terms, totals, strict=True)
+    ]
 
 
 def _power(log_q: Float[Tensor, "rows vocab"], exponent: Float[Tensor, " rows"]) -> Tensor:

@@ -6,30 +6,30 @@ A score is an unnormalised log-probability at temperature 1; -inf is out of the 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from ram_core.resampling.noise import Purpose, uniform_noise
-from ram_core.resampling.nucleus import UNITS
+from ram_core.resampling.nucleus import as_units, log_mask
 
 
 def score_product(
     log_p: Float[Tensor, "batch vocab"],
     log_weight: Float[Tensor, "batch vocab"],
-    nucleus: Bool[Tensor, "batch vocab"],
+    log_nucleus: Float[Tensor, "batch vocab"],
 ) -> Float[Tensor, "batch vocab"]:
     """`log (p · w)` on the nucleus, with the importance weight `w = q^strength`.
 
     The exact target of Eq. 3, token by token: the limit of `candidates` for many candidates.
     """
-    return (log_p + log_weight).masked_fill(~nucleus, -torch.inf)
+    return log_p + log_weight + log_nucleus
 
 
 def score_nucleus(
-    log_weight: Float[Tensor, "batch vocab"], nucleus: Bool[Tensor, "batch vocab"]
+    log_weight: Float[Tensor, "batch vocab"], log_nucleus: Float[Tensor, "batch vocab"]
 ) -> Float[Tensor, "batch vocab"]:
     """`log w` on the nucleus: the proposal only vetoes, the aligner chooses (the authors' code, "par")."""
-    return log_weight.masked_fill(~nucleus, -torch.inf)
+    return log_weight + log_nucleus
 
 
 def draw_from(
@@ -40,7 +40,7 @@ def draw_from(
     A token without mass is never drawn. Masses are added up as integers, so the sums do not depend on the
     order in which a device adds, and with it on the other rows: a row's draw is the same in any batch.
     """
-    cumulative = (mass.double() * UNITS).long().cumsum(-1)
+    cumulative = as_units(mass).cumsum(-1)
     # Below the total, as noise is below 1 and rounding keeps that for doubles of 53 bits.
     wanted = (noise * cumulative[:, -1:]).long()
     return torch.searchsorted(cumulative, wanted, right=True)
@@ -49,7 +49,7 @@ def draw_from(
 def score_candidates(
     log_p: Float[Tensor, "batch vocab"],
     log_weight: Float[Tensor, "batch vocab"],
-    nucleus: Bool[Tensor, "batch vocab"],
+    log_nucleus: Float[Tensor, "batch vocab"],
     temperature: Float[Tensor, " batch"],
     num_candidates: Int64[Tensor, " batch"],
     max_candidates: int,
@@ -62,9 +62,9 @@ def score_candidates(
     weight `w^(1/T)`; a token drawn twice counts twice. Returned as a score at temperature 1, hence `T ·
     log(count)`; temperatures are positive.
     """
-    tempered = (log_p / temperature[:, None]).masked_fill(~nucleus, -torch.inf).softmax(-1)
+    tempered = (log_p / temperature[:, None] + log_nucleus).softmax(-1)
     noise = uniform_noise(seed, position, Purpose.CANDIDATES, max_candidates)
     candidates = draw_from(tempered, noise)
     is_wanted = torch.arange(max_candidates, device=log_p.device) < num_candidates[:, None]
     count = torch.zeros_like(log_p).scatter_add_(1, candidates, is_wanted.float())
-    return score_product(temperature[:, None] * count.log(), log_weight, count > 0)
+    return score_product(temperature[:, None] * count.log(), log_weight, log_mask(count > 0))

@@ -8,6 +8,8 @@ not depend on their order and the result equals the sort's (`tests/exactness/tes
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
@@ -16,32 +18,50 @@ from torch import Tensor
 # sum over any vocabulary stays far below 2**63.
 UNITS = 2.0**52
 _DIGIT_BITS = 10
+_MINUS_INF_BITS = -0x800000
 _NUM_BINS = 1 << _DIGIT_BITS
+
+
+def as_units(p: Float[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+    """Probabilities as integers, `UNITS` to 1.0, so that sums do not depend on the order of adding."""
+    return (p.double() * UNITS).long()
+
+
+def log_mask(keep: Bool[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
+    """`log 1_keep`: 0 where kept, -inf elsewhere, to be added to scores.
+
+    Made of bits, as `masked_fill` and `log` take ten times as long where a mask has no pattern to predict.
+    """
+    return ((keep.int() - 1) & _MINUS_INF_BITS).view(torch.float32)
 
 
 def _keep_until(
     key: Int32[Tensor, "batch vocab"],
     units: Int64[Tensor, "batch vocab"],
     target: Int64[Tensor, " batch"],
+    units_of: Callable[[Int32[Tensor, "batch 1"]], Int64[Tensor, "batch 1"]],
 ) -> Bool[Tensor, "batch vocab"]:
     """The fewest tokens of largest `key` (lower ids first among equals) whose `units` sum to `target`.
 
-    Keys are below 2**30. Targets lie in [1, sum of the row's units].
+    Keys are below 2**30; tokens of one key have equal units, those that `units_of` tells. Targets lie in
+    [1, sum of the row's units].
     """
-    prefix = torch.zeros_like(target, dtype=torch.int32)[:, None]
-    rest = target[:, None]
+    target = target[:, None]
+    # The last token to keep has a key in [low, low + _NUM_BINS << shift).
+    low = torch.zeros_like(target, dtype=torch.int32)
+    above = target
     for shift in (2 * _DIGIT_BITS, _DIGIT_BITS, 0):
-        digit = ((key >> shift) & (_NUM_BINS - 1)).long()
-        is_open = (key >> (shift + _DIGIT_BITS)) == prefix
-        bins = units.new_zeros(len(units), _NUM_BINS + 1).scatter_add_(1, digit, units * is_open)
-        from_bin_up = bins.flip(-1).cumsum(-1).flip(-1)
-        last_bin = (from_bin_up >= rest).sum(-1, keepdim=True) - 1
-        rest = rest - from_bin_up.gather(-1, last_bin + 1)
-        prefix = (prefix << _DIGIT_BITS) | last_bin.int()
-    is_last = key == prefix
-    units_of_last = units * is_last
-    already = units_of_last.cumsum(-1) - units_of_last
-    return (key > prefix) | (is_last & (already < rest))
+        # Bin 0 takes all that is below the range, the last but one all above; the very last stays empty.
+        bins = ((key - low) >> shift).clamp_(-1, _NUM_BINS).add_(1)
+        sums = units.new_zeros(len(units), _NUM_BINS + 3).scatter_add_(1, bins.long(), units)
+        from_bin_up = sums.flip(-1).cumsum(-1).flip(-1)
+        last_bin = (from_bin_up >= target).sum(-1, keepdim=True) - 1
+        above = from_bin_up.gather(-1, last_bin + 1)
+        low = low + ((last_bin - 1) << shift).int()
+    each = units_of(low)
+    num_last = (target - above + each - 1) // each
+    is_last = key == low
+    return (key > low) | (is_last & (is_last.cumsum(-1, dtype=torch.int32) <= num_last))
 
 
 def keep_top_p(
@@ -52,10 +72,12 @@ def keep_top_p(
     `p` is float32 and non-negative with a sum of about 1 a row. Always holds the most probable token;
     `top_p` of 1 keeps everything. Among equally probable tokens lower ids come first.
     """
-    units = (p.double() * UNITS).long()
+    units = as_units(p)
     total = units.sum(-1)
     target = (total.double() * top_p.double()).long().clamp(min=1).minimum(total)
-    keep = _keep_until(p.contiguous().view(torch.int32), units, target)
+    keep = _keep_until(
+        p.contiguous().view(torch.int32), units, target, lambda key: as_units(key.view(torch.float32))
+    )
     return keep | (top_p >= 1)[:, None]
 
 
@@ -65,7 +87,9 @@ def keep_top_k(
     """The `top_k` most probable tokens of each row; 0 keeps everything. Ties as in `keep_top_p`."""
     units = torch.ones_like(p, dtype=torch.int64)
     target = torch.where(top_k > 0, top_k, p.shape[-1]).clamp(max=p.shape[-1])
-    return _keep_until(p.contiguous().view(torch.int32), units, target)
+    return _keep_until(
+        p.contiguous().view(torch.int32), units, target, lambda key: torch.ones_like(key, dtype=torch.int64)
+    )
 
 
 def keep_min_p(
@@ -92,7 +116,7 @@ def truncate(
     keep = log_p > -torch.inf
     if top_k is not None:
         keep = keep & keep_top_k(p, top_k)
-        p = log_p.masked_fill(~keep, -torch.inf).softmax(-1)
+        p = (log_p + log_mask(keep)).softmax(-1)
     if top_p is not None:
         keep = keep & keep_top_p(p, top_p)
     if min_p is not None:

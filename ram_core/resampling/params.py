@@ -22,6 +22,9 @@ class Mode(IntEnum):
     NUCLEUS = 3
 
 
+# Below this a division by the temperature overflows float32; the draw is the arg max long before.
+MIN_TEMPERATURE = 1e-5
+
 _MODES = {mode: Mode[mode.name] for mode in Resampling}
 
 
@@ -117,7 +120,10 @@ class StepFeatures:
     is_aligned: bool = False
     has_proposal_top_k: bool = False
     has_proposal_top_p: bool = False
+    has_mixtures: bool = False
+    has_nucleus_mode: bool = False
     max_candidates: int = 0
+    has_greedy: bool = False
     has_top_k: bool = False
     has_top_p: bool = False
     has_min_p: bool = False
@@ -134,7 +140,10 @@ class StepFeatures:
             is_aligned=bool(alignment),
             has_proposal_top_k=any(a.proposal_top_k for a in alignment),
             has_proposal_top_p=any(a.proposal_top_p < 1 for a in alignment),
+            has_mixtures=any(len(a.terms) > 1 or any(t.strength < 0 for t in a.terms) for a in alignment),
+            has_nucleus_mode=any(a.resampling is Resampling.NUCLEUS for a in alignment),
             max_candidates=max(drawn, default=0),
+            has_greedy=any(s.temperature < MIN_TEMPERATURE for s in sampling),
             has_top_k=any(s.top_k for s in sampling),
             has_top_p=any(s.top_p < 1 for s in sampling),
             has_min_p=any(s.min_p for s in sampling),

@@ -15,8 +15,8 @@ from torch import Tensor
 from ram_core.resampling.logits import Aligner, AlignerLogits, combine_aligners, log_probs
 from ram_core.resampling.modes import draw_from, score_candidates, score_nucleus, score_product
 from ram_core.resampling.noise import Purpose, uniform_noise
-from ram_core.resampling.nucleus import truncate
-from ram_core.resampling.params import Mode, StepFeatures, StepParams
+from ram_core.resampling.nucleus import log_mask, truncate
+from ram_core.resampling.params import MIN_TEMPERATURE, Mode, StepFeatures, StepParams
 from ram_core.resampling.telemetry import Telemetry, aligner_mass, effective_sample_size, kl_divergence
 
 
@@ -73,7 +73,11 @@ def draw_tokens(
     log_p, is_bad = proposal.log_p, proposal.is_bad
     if features.is_aligned and aligner_logits:
         aligner = combine_aligners(
-            aligner_logits, num_rows=len(log_p), vocab_size=vocab_size, allowed=allowed
+            aligner_logits,
+            num_rows=len(log_p),
+            vocab_size=vocab_size,
+            has_mixtures=features.has_mixtures,
+            allowed=allowed,
         )
         is_bad = is_bad | aligner.is_bad
         aligned = _align(log_p, aligner, params, features)
@@ -87,19 +91,23 @@ def draw_tokens(
         is_empty = ~scores.amax(-1).isfinite()
         is_bad = is_bad | is_empty
         scores = scores.masked_fill(is_empty[:, None], 0.0)
-    token, log_law = _reduce(scores, params, features)
-    log_law = log_law.masked_fill(aligned.is_empirical[:, None], torch.nan)
-    top_log_prob, top_token = log_law.topk(features.max_top_log_probs, dim=-1)
-    log_prob = log_law.gather(-1, token[:, None])[:, 0]
-    return Draws(token, log_prob, top_token, top_log_prob, aligned.telemetry, is_bad)
-
-
-# Below this a division by the temperature overflows float32; the draw is the arg max long before.
-_MIN_TEMPERATURE = 1e-5
+    token, score, log_prob = _reduce(scores, params, features)
+    top_score, top_token = score.topk(features.max_top_log_probs, dim=-1)
+    # Relative to the drawn token, which is never improbable, so that improbable ones keep their digits.
+    top_log_prob = top_score - score.gather(-1, token[:, None]) + log_prob[:, None]
+    is_unknown = aligned.is_empirical
+    return Draws(
+        token,
+        log_prob.masked_fill(is_unknown, torch.nan),
+        top_token,
+        top_log_prob.masked_fill(is_unknown[:, None], torch.nan),
+        aligned.telemetry,
+        is_bad,
+    )
 
 
 def _is_greedy(params: StepParams) -> Bool[Tensor, " batch"]:
-    return params.temperature < _MIN_TEMPERATURE
+    return params.temperature < MIN_TEMPERATURE
 
 
 def _leave_alone(log_p: Float[Tensor, "batch vocab"]) -> _Scores:
@@ -115,20 +123,23 @@ def _align(
     """Score the nucleus by each row's mode; gate; tell what was done."""
     is_aligned = params.mode != Mode.PROPOSAL
     nucleus = truncate(
-        log_p / params.proposal_temperature.clamp(min=_MIN_TEMPERATURE)[:, None],
+        log_p / params.proposal_temperature.clamp(min=MIN_TEMPERATURE)[:, None],
         top_k=params.proposal_top_k if features.has_proposal_top_k else None,
         top_p=params.proposal_top_p if features.has_proposal_top_p else None,
     )
     strength = aligner.strength[:, None]
     # Strength 0 is the proposal even where q is 0: 0 · -inf must not become NaN.
     log_weight = torch.where(strength > 0, strength * aligner.log_q, 0.0)
-    product = score_product(log_p, log_weight, nucleus)
-    is_nucleus_mode = (params.mode == Mode.NUCLEUS)[:, None]
-    exact = torch.where(is_nucleus_mode, score_nucleus(log_weight, nucleus), product)
+    log_nucleus = log_mask(nucleus)
+    exact = score_product(log_p, log_weight, log_nucleus)
+    if features.has_nucleus_mode:
+        is_nucleus_mode = (params.mode == Mode.NUCLEUS)[:, None]
+        exact = torch.where(is_nucleus_mode, score_nucleus(log_weight, log_nucleus), exact)
 
     kl_p_q = kl_divergence(log_p, aligner.log_q)
     is_gated = kl_p_q > params.kl_threshold
-    scores, is_empirical = exact, torch.zeros_like(is_gated)
+    is_empirical = torch.zeros_like(is_gated)
+    scores = exact
     if features.max_candidates:
         # A cold row has no candidates to draw: its arg max is the product's.
         is_greedy = _is_greedy(params)
@@ -136,7 +147,7 @@ def _align(
         empirical = score_candidates(
             log_p,
             log_weight,
-            nucleus,
+            log_nucleus,
             torch.where(is_greedy, 1.0, params.temperature),
             params.num_candidates,
             features.max_candidates,
@@ -149,7 +160,7 @@ def _align(
     is_fallback = is_aligned & (is_gated | is_empty)
     is_active = (is_aligned & ~is_fallback)[:, None]
 
-    ess = effective_sample_size(log_p, log_weight, nucleus)
+    ess = effective_sample_size(log_p, log_weight, log_nucleus)
     mass = aligner_mass(aligner.log_q, nucleus)
     kl_pi_p = kl_divergence(torch.where(is_active, exact, log_p).log_softmax(-1), log_p)
     kl_p_q, kl_pi_p, ess, mass = (torch.where(is_aligned, x, 0.0) for x in (kl_p_q, kl_pi_p, ess, mass))
@@ -173,20 +184,21 @@ def _end_where_proposed(
 
 def _reduce(
     scores: Float[Tensor, "batch vocab"], params: StepParams, features: StepFeatures
-) -> tuple[Int64[Tensor, " batch"], Float[Tensor, "batch vocab"]]:
-    """Temperature, truncation, draw: the tokens, and the log-law they were drawn from."""
+) -> tuple[Int64[Tensor, " batch"], Float[Tensor, "batch vocab"], Float[Tensor, " batch"]]:
+    """Temperature, truncation, draw: the tokens, the final scores, and the tokens' log-probabilities."""
     is_greedy = _is_greedy(params)
-    law = scores / torch.where(is_greedy, 1.0, params.temperature)[:, None]
+    scores = scores / torch.where(is_greedy, 1.0, params.temperature)[:, None]
     if features.has_top_k or features.has_top_p or features.has_min_p:
         keep = truncate(
-            law,
+            scores,
             top_k=params.top_k if features.has_top_k else None,
             top_p=params.top_p if features.has_top_p else None,
             min_p=params.min_p if features.has_min_p else None,
         )
-        law = law.masked_fill(~keep, -torch.inf)
-    log_law = law.log_softmax(-1)
-    noise = uniform_noise(params.seed, params.position, Purpose.TOKEN)
-    drawn = draw_from(log_law.exp(), noise)[:, 0]
-    # Of `law`, not of `scores`: two of those may differ by too little to be told apart by the truncation.
-    return torch.where(is_greedy, law.argmax(-1), drawn), log_law
+        scores = scores + log_mask(keep)
+    law = scores.softmax(-1)
+    token = draw_from(law, uniform_noise(params.seed, params.position, Purpose.TOKEN))[:, 0]
+    if features.has_greedy:
+        # Of what truncation left: two scores may differ by too little for it to tell them apart.
+        token = torch.where(is_greedy, scores.argmax(-1), token)
+    return token, scores, law.gather(-1, token[:, None])[:, 0].log()

@@ -9,6 +9,7 @@ import torch
 from ram_core.params import AlignmentParams, Resampling, SamplingParams
 from ram_core.resampling.modes import draw_from, score_candidates
 from ram_core.resampling.noise import Purpose, uniform_noise
+from ram_core.resampling.nucleus import log_mask
 from tests.exactness import laws
 
 P = np.array([0.35, 0.25, 0.2, 0.12, 0.08])
@@ -32,7 +33,7 @@ def draw_many(
     scores = score_candidates(
         rows(np.log(P)),
         rows(strength * np.log(Q)),
-        torch.from_numpy(IN_NUCLEUS).expand(num_rows, -1),
+        log_mask(torch.from_numpy(IN_NUCLEUS).expand(num_rows, -1)),
         torch.full((num_rows,), temperature),
         torch.full((num_rows,), num_candidates),
         num_candidates + 3,
