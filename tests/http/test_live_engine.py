@@ -138,7 +138,7 @@ def test_a_stop_string_ends_the_answer_and_frees_its_place(client, server):
 def test_hanging_up_frees_slot_and_pages(client, server):
     with client.stream("POST", CHAT, json=chat(n=2, stream=True, ignore_eos=True)) as answer:
         next(answer.iter_lines())
-        assert server.engine.stats.num_running
+        assert server.engine.stats.num_running + server.engine.stats.num_waiting
     assert is_idle(server)
 
 
@@ -194,6 +194,82 @@ def test_no_nan_ever_leaves(client):
 
     entries = json.loads(text, parse_constant=refuse)["choices"][0]["logprobs"]["content"]
     assert [entry["logprob"] for entry in entries] == [-9999.0] * 3
+
+
+def test_a_crowd_of_which_half_hangs_up_leaves_nothing_behind(server):
+    def visit(number: int) -> int:
+        body = chat(
+            f"visitor {number}",
+            model=("big", "polite", "terse")[number % 3],
+            n=1 + number % 2,
+            seed=number,
+            max_tokens=10 + number,
+            ignore_eos=True,
+            stream=number % 4 > 0,
+            stop=["e"] if number % 5 == 0 else None,
+        )
+        with (
+            httpx.Client(base_url=server.url, timeout=60) as client,
+            client.stream("POST", CHAT, json=body) as answer,
+        ):
+            if answer.status_code == 200 and number % 2:
+                next(answer.iter_lines())
+            else:
+                answer.read()
+            return answer.status_code
+
+    with ThreadPoolExecutor(12) as pool:
+        statuses = set(pool.map(visit, range(48)))
+    assert statuses <= {200, 429}
+    assert 200 in statuses
+    assert is_idle(server)
+    assert server.engine._num_open == 0
+
+
+@pytest.mark.xfail(
+    strict=True, reason="EngineThread.stats are those before the last cancellation until work comes"
+)
+def test_after_a_hang_up_everybody_sees_an_idle_engine(client, server):
+    with client.stream("POST", CHAT, json=chat(stream=True, ignore_eos=True)) as answer:
+        next(answer.iter_lines())
+    assert is_idle(server)
+    time.sleep(0.1)
+    assert server.engine.stats.num_running == 0
+
+
+EXTREMES = [
+    {"temperature": 1e-300},
+    {"temperature": 1e-300, "model": "polite"},
+    {"temperature": 2, "top_p": 1e-300},
+    {"top_k": 2**31 - 1, "min_p": 1},
+    {"seed": -(2**63)},
+    {"seed": 2**63 - 1},
+    {"stop_token_ids": [10**30, -5]},
+    {"stop_token_ids": list(range(300))},
+    {"stop": ["x" * 100_000]},
+    {"model": "polite", "alignment": {"strength": 100}},
+    {"model": "polite", "alignment": {"strength": -100, "resampling": "nucleus"}},
+    {"model": "polite", "alignment": {"candidates": 256, "resampling": "candidates"}},
+    {"model": "polite", "alignment": {"candidates": 1, "resampling": "candidates"}, "temperature": 1e-300},
+    {"model": "polite", "alignment": {"proposal_temperature": 1e-300}},
+    {"model": "polite", "alignment": {"proposal_temperature": 100, "proposal_top_p": 1}},
+    {"model": "polite", "alignment": {"proposal_top_k": 2**31 - 1, "proposal_top_p": 1e-300}},
+    {"model": "polite", "alignment": {"kl_threshold": 1e308}},
+    {"model": "polite", "alignment": {"kl_threshold": -1e308, "eos_priority": True}},
+    {"model": "polite", "alignment": {"resampling": "proposal"}},
+    {"alignment": {"aligners": [{"name": "polite", "strength": 100}, {"name": "terse", "strength": -100}]}},
+]
+
+
+@pytest.mark.parametrize("fields", EXTREMES, ids=lambda fields: json.dumps(fields)[:70])
+def test_what_is_extreme_but_valid_is_answered(client, fields):
+    body = {"max_tokens": 2, "ignore_eos": True, "logprobs": True, "top_logprobs": 20, "n": 2, **fields}
+    body["alignment"] = {"telemetry": True, **body.get("alignment", {})}
+    answer = client.post(CHAT, json=chat(**body))
+    assert answer.status_code == 200, answer.text
+    for choice in answer.json()["choices"]:
+        assert len(choice["logprobs"]["content"]) <= 2
+    assert client.get("/health/ready").status_code == 200
 
 
 def test_when_the_engine_ends_running_streams_are_told(tmp_path):
