@@ -149,9 +149,10 @@ class Settings(BaseSettings):
             "trust_remote_code": self.trust_remote_code,
         }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        proposal = self._proposal_source()
         aligners = tuple(AlignerSource(name, source) for name, source in self._aligner_sources().items())
         self._check_aligner_names([aligner.name for aligner in aligners])
-        return EngineConfig(proposal=self._proposal_source(), aligners=aligners, **options)
+        return EngineConfig(proposal=proposal, aligners=aligners, **options)
 
     def _proposal_source(self) -> str:
         if not self.is_demo:

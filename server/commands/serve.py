@@ -157,9 +157,12 @@ def _load_in_thread(config: EngineConfig) -> asyncio.Future[Loaded]:
 
 def load(config: EngineConfig) -> Loaded:
     """The engine, running, and its tokenizer; tells on stderr where it is."""
+    from transformers.utils import logging as transformers_logging
+
     from ram_core.engine.thread import EngineThread
     from ram_core.models.vocabulary import load_tokenizer
 
+    transformers_logging.disable_progress_bar()
     tokenizer = load_tokenizer(config.proposal, trust_remote_code=config.trust_remote_code)
     engine = EngineThread.start(config, lambda line: typer.echo(line, err=True))
     return Loaded(engine, tokenizer)

@@ -9,14 +9,14 @@ from starlette.responses import Response
 from server.openai.convert import Ask, to_ask, to_turns
 from server.openai.render import ChatRenderer
 from server.openai.schema import ChatRequest
-from server.routes.shared import answer, read_request, serving_of
+from server.routes.shared import answer, describe_body, read_request, serving_of
 from server.streaming import while_connected
 from server.text import Turn, encode_chat
 
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", openapi_extra=describe_body(ChatRequest))
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, streamed or whole."""
     wire = await read_request(request, ChatRequest)

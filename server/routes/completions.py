@@ -9,14 +9,14 @@ from starlette.responses import Response
 from server.openai.convert import Ask, Prompts, to_ask, to_prompts
 from server.openai.render import CompletionRenderer
 from server.openai.schema import CompletionRequest
-from server.routes.shared import answer, read_request, serving_of
+from server.routes.shared import answer, describe_body, read_request, serving_of
 from server.streaming import while_connected
 from server.text import encode_prompts
 
 router = APIRouter(tags=["openai"])
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", openapi_extra=describe_body(CompletionRequest))
 async def create_completion(request: Request) -> Response:
     """Continue one or more texts, streamed or whole."""
     wire = await read_request(request, CompletionRequest)

@@ -23,6 +23,23 @@ from server.streaming import ChunkStream, open_stream
 Wire = TypeVar("Wire", bound=GenerationRequest)
 
 
+def describe_body(kind: type[GenerationRequest]) -> dict[str, Any]:
+    """The request's schema for /openapi.json, which cannot see it: routes read the body themselves."""
+    schema = kind.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def inlined(part: Any) -> Any:
+        if isinstance(part, list):
+            return [inlined(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return inlined(definitions[part["$ref"].removeprefix("#/$defs/")])
+        return {name: inlined(value) for name, value in part.items()}
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
+
+
 def serving_of(request: HttpRequest) -> Serving:
     serving: Serving = request.app.state.serving
     return serving

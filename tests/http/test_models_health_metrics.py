@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 
 import pytest
@@ -33,6 +34,16 @@ def test_an_unknown_model_is_not_found(client):
     answer = client.get("/v1/models/org")
     assert answer.status_code == 404
     assert answer.json()["error"]["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(("path", "field"), [(CHAT, "messages"), ("/v1/completions", "prompt")])
+def test_the_schema_tells_what_a_request_may_hold(client, path, field):
+    text = client.get("/openapi.json").text
+    assert "$defs" not in text
+    body = json.loads(text)["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {field, "model", "alignment"} <= body["properties"].keys()
+    assert body["required"] == [field]
+    assert "kl_threshold" in json.dumps(body["properties"]["alignment"])
 
 
 def test_health_is_that_of_the_step_loop(client, engine, server):

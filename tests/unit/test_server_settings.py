@@ -154,3 +154,17 @@ def test_the_proposals_name(tmp_path):
 def test_names_that_cannot_work_are_refused(flags, reason):
     with pytest.raises(SettingsError, match=reason):
         load_settings(proposal="org/big", **flags).engine_config()
+
+
+def test_the_demo_is_served_where_nothing_else_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("ram_core.demo.bundle_path", lambda: tmp_path)
+    with pytest.raises(SettingsError, match="ram demo build"):
+        load_settings().engine_config()
+    for path in (tmp_path / "proposal", tmp_path / "aligners" / "polite"):
+        path.mkdir(parents=True)
+        (path / "config.json").write_text("{}")
+    for settings in (load_settings(), load_settings(demo=True)):
+        config = settings.engine_config()
+        assert config.proposal == str(tmp_path / "proposal")
+        assert [aligner.name for aligner in config.aligners] == ["polite"]
+    assert not load_settings(proposal=str(tmp_path)).engine_config().aligners
