@@ -168,7 +168,6 @@ class EngineThread:
         reason = "The engine was closed."
         try:
             while self._take_commands():
-                self._stats = self._engine.stats
                 self._post(self._engine.step())
                 self._stats = self._engine.stats
         except Exception:
@@ -183,6 +182,7 @@ class EngineThread:
             if command is None:
                 return False
             self._engine.handle(command)
+            self._stats = self._engine.stats
         return True
 
     def _post(self, events: Iterable[Event]) -> None:

@@ -226,9 +226,6 @@ def test_a_crowd_of_which_half_hangs_up_leaves_nothing_behind(server):
     assert server.engine._num_open == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="EngineThread.stats are those before the last cancellation until work comes"
-)
 def test_after_a_hang_up_everybody_sees_an_idle_engine(client, server):
     with client.stream("POST", CHAT, json=chat(stream=True, ignore_eos=True)) as answer:
         next(answer.iter_lines())
