@@ -29,7 +29,8 @@ class ThreadedEventStream:
         self.loop = asyncio.get_running_loop()
         self._engine = engine
         self._request_id = request.request_id
-        self._open = set(range(request.num_choices))
+        self._choices = range(request.num_choices)
+        self._open = set(self._choices)
         self._cancelled: set[int] = set()
         # None says that nothing more will come.
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -47,9 +48,10 @@ class ThreadedEventStream:
 
     def cancel(self, index: int | None = None) -> None:
         """Stop choice `index` (all of them without one); no further event of it arrives."""
-        for choice in sorted(self._open) if index is None else [index]:
+        for choice in self._choices if index is None else [index]:
+            # One that has ended may still have events that nobody has read.
+            self._cancelled.add(choice)
             if choice in self._open:
-                self._cancelled.add(choice)
                 self._engine.cancel(self._request_id, choice)
                 self._close(choice)
 

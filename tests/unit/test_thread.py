@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -76,6 +77,7 @@ def test_many_requests_with_many_choices_each_end_once(run: Callable[[Test], Non
             *(collect(engine, Request(name, PROMPT, SHORT, aligned, 2)) for name in "ab")
         )
         for events in told:
+            assert sum(isinstance(event, StartedEvent) for event in events) == 1
             ends = [e.index for e in events if isinstance(e, TokenEvent) and e.finish_reason]
             assert sorted(ends) == [0, 1]
 
@@ -113,17 +115,94 @@ def test_a_full_queue_refuses_and_has_room_again_after_a_hang_up(run: Callable[[
     run(test)
 
 
-def test_hanging_up_frees_the_slot_and_pages(run: Callable[[Test], None]) -> None:
+def test_each_choice_takes_a_place_of_the_queue(run: Callable[[Test], None]) -> None:
     async def test(engine: EngineThread) -> None:
+        held = engine.submit(Request("three", PROMPT, LONG, num_choices=3))
+        with pytest.raises(QueueFull, match="3 of 4 places"):
+            engine.submit(Request("two too many", PROMPT, LONG, num_choices=2))
+        fourth = engine.submit(Request("fits", PROMPT, LONG))
+        with pytest.raises(QueueFull, match="4 of 4 places"):
+            engine.submit(Request("one too many", PROMPT, LONG))
+        held.cancel()
+        fourth.cancel()
+
+    run(test)
+
+
+def test_hanging_up_frees_the_slot_and_pages_before_the_next_step(run: Callable[[Test], None]) -> None:
+    async def test(engine: EngineThread) -> None:
+        steps = in_single_steps(engine)
         async with engine.submit(Request("a", PROMPT, LONG)) as events:
+            steps.release(2)
             async for event in events:
                 if isinstance(event, TokenEvent):
                     break
-        await collect(engine, Request("b", PROMPT, SHORT))
+        # The step that may be under way; after it the engine idles, although nothing more comes in.
+        steps.release()
         await until(lambda: engine.stats.num_running == 0)
         assert engine.stats.num_pages_used == 0
+        assert engine.stats.num_steps <= 3
 
     run(test)
+
+
+def in_single_steps(engine: EngineThread) -> threading.Semaphore:
+    """Let the engine make a step for each release only, to the end."""
+    allowed = threading.Semaphore(0)
+    step = engine._engine.step
+
+    def wait_and_step() -> list[Event]:
+        assert allowed.acquire(timeout=10)
+        return step()
+
+    engine._engine.step = wait_and_step  # type: ignore[method-assign]
+    return allowed
+
+
+def test_a_cancelled_choice_is_not_told_even_if_it_had_ended_unread(run: Callable[[Test], None]) -> None:
+    async def test(engine: EngineThread) -> None:
+        async with engine.submit(Request("a", PROMPT, SHORT, num_choices=2)) as events:
+            await until(lambda: not events.num_open)
+            events.cancel(0)
+            told = [event async for event in events]
+        assert [e.index for e in told if isinstance(e, TokenEvent)] == [1] * 4
+
+    run(test)
+
+
+def test_what_was_under_way_when_a_choice_was_cancelled_is_dropped(run: Callable[[Test], None]) -> None:
+    async def test(engine: EngineThread) -> None:
+        async with engine.submit(Request("a", PROMPT, SHORT, num_choices=2)) as events:
+            events.cancel(0)
+            events.deliver(TokenEvent("a", 0, 7, -1.0, finish_reason="length"))
+            assert events.num_open == 1
+            told = [event async for event in events]
+        assert {e.index for e in told if isinstance(e, TokenEvent)} == {1}
+
+    run(test)
+
+
+def test_an_event_loop_that_ends_with_requests_running_takes_nothing_with_it(config: EngineConfig) -> None:
+    engine = EngineThread.start(config)
+
+    async def leave() -> None:
+        for number in range(4):
+            engine.submit(Request(f"left {number}", PROMPT, LONG))
+
+    async def come() -> None:
+        async def ask() -> list[Event]:
+            while True:
+                try:
+                    return await collect(engine, Request("new", PROMPT, SHORT, num_choices=4))
+                except QueueFull:
+                    await asyncio.sleep(0.001)
+
+        assert len(await asyncio.wait_for(ask(), 30)) == 1 + 4 * 4
+        assert engine.stats.num_steps < 200
+        await engine.close()
+
+    asyncio.run(leave())
+    asyncio.run(come())
 
 
 def test_cancelling_one_choice_leaves_the_other(run: Callable[[Test], None]) -> None:
@@ -157,7 +236,7 @@ def test_a_dying_step_loop_fails_what_runs_and_refuses_what_comes(
         assert sorted(event.index for event in failed) == [0, 1]
         assert all(isinstance(event.error, EngineUnavailable) for event in failed)
         assert not engine.is_alive
-        with pytest.raises(EngineUnavailable):
+        with pytest.raises(EngineUnavailable, match="has died"):
             engine.submit(Request("b", PROMPT, SHORT))
         await engine.close()
 
