@@ -85,11 +85,12 @@ class Scheduler:
         reading = [sequence for sequence in self.running if sequence.num_pending > 1]
         started: list[Sequence] = []
         for sequence in self._readers(reading, started):
-            if not budget:
-                break
             row = self._row(sequence, min(budget, sequence.num_pending))
             budget -= row.num_tokens
             rows.append(row)
+            # Before the next is admitted: it would hold a slot and pages, and read nothing.
+            if not budget:
+                break
         rows.sort(key=lambda row: row.num_tokens > 1)
         return Plan(tuple(rows), tuple(started))
 

@@ -74,6 +74,39 @@ def test_rows_of_one_token_come_first() -> None:
     assert [row.num_tokens for row in plan.rows] == sorted(row.num_tokens for row in plan.rows)
 
 
+def test_a_full_batch_of_writers_leaves_a_prompt_at_least_one_token() -> None:
+    scheduler = make_scheduler(num_slots=4, max_step_tokens=1)
+    for name in "abc":
+        scheduler.add(make_sequence(name, 1))
+    scheduler.add(make_sequence("long", 20))
+    step(scheduler)
+    assert shape(step(scheduler))[-1] == ("long", 2, 2, False)
+
+
+def test_nobody_is_admitted_to_a_step_that_has_no_token_left() -> None:
+    scheduler = make_scheduler(max_step_tokens=8)
+    scheduler.add(make_sequence("long", 8))
+    scheduler.add(make_sequence("next", 2))
+    plan = step(scheduler)
+    assert shape(plan) == [("long", 0, 8, True)]
+    assert [s.request.request_id for s in plan.started] == ["long"]
+    assert shape(step(scheduler)) == [("long", 8, 1, True), ("next", 0, 2, True)]
+
+
+def test_the_waiting_are_found_too_and_each_choice_by_its_index() -> None:
+    scheduler = make_scheduler(num_slots=1)
+    choices = [make_sequence("a", 2) for _ in range(3)]
+    for index, sequence in enumerate(choices):
+        sequence.index = index
+        scheduler.add(sequence)
+    scheduler.add(make_sequence("b", 2))
+    step(scheduler)
+    assert scheduler.find("a", None) == choices
+    assert scheduler.find("a", 1) == [choices[1]]
+    scheduler.remove(choices[1])
+    assert [s.request.request_id for s in scheduler.waiting] == ["a", "b"]
+
+
 def test_more_sequences_than_slots_wait_in_order() -> None:
     scheduler = make_scheduler(num_slots=2)
     for name in "abc":
@@ -104,6 +137,8 @@ def test_the_youngest_gives_way_and_is_recomputed() -> None:
     old, young = make_sequence("old", 6), make_sequence("young", 6)
     scheduler.add(old)
     scheduler.add(young)
+    step(scheduler)
+    scheduler.add(make_sequence("younger still", 6))
     while young.slot >= 0 or not young.num_computed:
         step(scheduler)
         if young.num_drawn and young.slot < 0:
@@ -111,6 +146,7 @@ def test_the_youngest_gives_way_and_is_recomputed() -> None:
     assert old.slot >= 0
     assert not young.lanes[0].pages
     assert young.num_computed == 0
+    assert scheduler.waiting[0] is young
     drawn = young.num_drawn
     scheduler.remove(old)
     plan = step(scheduler)
@@ -151,6 +187,7 @@ def advance(scheduler: Scheduler, live: dict[str, Sequence]) -> None:
     plan = step(scheduler)
     assert bool(plan.rows) == bool(live)
     assert sum(row.num_tokens for row in plan.rows) <= 7
+    assert all(row.num_tokens > 0 for row in plan.rows)
     owners: set[tuple[str, int]] = set()
     for sequence in live.values():
         for lane in sequence.lanes:
