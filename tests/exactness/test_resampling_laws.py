@@ -10,6 +10,7 @@ import torch
 
 from ram_core.params import AlignmentParams, Resampling, SamplingParams
 from ram_core.resampling import StepFeatures
+from ram_core.resampling.nucleus import keep_top_k, keep_top_p
 from tests.exactness import laws
 from tests.exactness.laws import Row, random_rows
 
@@ -162,6 +163,15 @@ def test_strengths_add():
         assert torch.allclose(*both, atol=1e-6)
 
 
+def test_a_mixture_is_told_as_one_normalised_aligner():
+    rows = rows_with(proposal_top_p=0.8)
+    rows = [with_terms(row, (row.terms[0][0], 1.5), (row.terms[0][0][::-1].copy(), 0.5)) for row in rows]
+    draws, steps = laws.draw(rows), [laws.step(row) for row in rows]
+    for name in ("kl_p_q", "kl_pi_p", "ess", "aligner_mass"):
+        told = getattr(draws.telemetry, name).tolist()
+        assert told == pytest.approx([getattr(step, name) for step in steps], abs=1e-5), name
+
+
 def test_opposite_strengths_cancel():
     rows = rows_with(proposal_top_p=0.8)
     cancelled = [with_terms(row, (row.terms[0][0], 1.0), (row.terms[0][0], -1.0)) for row in rows]
@@ -227,6 +237,22 @@ def test_a_cold_row_never_takes_a_token_that_its_own_truncation_dropped():
     draws = laws.draw(rows)
     assert len(draws.token.unique()) == 2
     assert (draws.log_prob == 0).all()
+
+
+def test_alternatives_too_improbable_for_float32_keep_their_digits():
+    draws = laws.draw([Row(np.array([0.0, -95.5, -150.25]), seed=seed) for seed in range(20)])
+    assert (draws.token == 0).all()
+    expected = torch.tensor([0.0, -95.5, -150.25]).expand(20, -1)
+    torch.testing.assert_close(draws.top_log_prob, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_ties_just_below_a_power_of_two_are_cut_as_elsewhere():
+    """Their last twenty bits are all ones, so the search for them stands at the upper edge of its range."""
+    below = float(np.nextafter(np.float32(0.125), np.float32(0)))
+    p = torch.tensor([[below, 0.5, below, below, 0.125]])
+    assert keep_top_p(p, torch.tensor([0.7])).tolist() == [[True, True, False, False, True]]
+    assert keep_top_p(p, torch.tensor([0.8])).tolist() == [[True, True, True, False, True]]
+    assert keep_top_k(p, torch.tensor([3])).tolist() == [[True, True, False, False, True]]
 
 
 # Contrast
@@ -344,6 +370,7 @@ def test_candidates_without_any_weight_are_a_fallback_and_never_nan():
 
 ALL_ON = StepFeatures(
     is_aligned=True,
+    has_proposal_temperature=True,
     has_proposal_top_k=True,
     has_proposal_top_p=True,
     has_mixtures=True,

@@ -1,0 +1,79 @@
+"""Breaks of what runs the models: packing, attention over pages, KV memory, the check at load."""
+
+from __future__ import annotations
+
+from tests.mutants import mutants
+
+_PACKING = "tests/unit/test_packing.py"
+_CONFORMANCE = "tests/exactness/test_conformance.py"
+_ENGINE = "tests/exactness/test_engine.py"
+_LLAMA = f"{_ENGINE}::test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens[llama]"
+_GEMMA = f"{_ENGINE}::test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens[gemma3]"
+_MISTRAL = f"{_ENGINE}::test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens[mistral]"
+_BAD = f"{_ENGINE}::test_a_request_with_bad_logits_fails_alone"
+
+MODEL_MUTANTS = [
+    *mutants(
+        "ram_core/models/packing.py",
+        _PACKING,
+        (" + starts[row_of_token]", ""),
+        (" * page_size + positions % page_size", " * page_size"),
+        ("ends[[row.wants_logits for row in rows]] - 1", "ends[[row.wants_logits for row in rows]]"),
+        ("ends[[row.wants_logits for row in rows]] - 1", "ends - 1"),
+        ("[-(-length // page_size) for length in context_lens]",
+         "[length // page_size + 1 for length in context_lens]"),
+        ("max(num_pages)), TRASH_PAGE", "max(num_pages)), 1"),
+        ("tuple(row.start + n for", "tuple(n for"),
+        ("num_decode = sum(length == 1 for length in query_lens)", "num_decode = 0"),
+        ("    if any(length != 1 for length in query_lens[:num_decode]):", "    if False:"),
+    ),
+    *mutants(
+        "ram_core/models/attention.py",
+        _LLAMA,
+        ("is_seen = key_at <= query_at", "is_seen = key_at < query_at + 2"),
+        ("is_seen = position < context", "is_seen = position <= context"),
+        ("query.transpose(0, 1).reshape(num_rows, keys.shape[1], -1, dim)",
+         "query.transpose(0, 1).reshape(num_rows, -1, keys.shape[1], dim).transpose(1, 2)"),
+        ("query.reshape(keys.shape[0], -1, *query.shape[1:]).transpose(0, 1)",
+         "query.reshape(-1, keys.shape[0], *query.shape[1:])"),
+        ("out.permute(2, 1, 0, 3)", "out.permute(2, 0, 1, 3)"),
+        ("query[:, start:end], scaling", "query[:, -(end - start) :], scaling"),
+        ("self.pool.write(layer, self.batch.slots, key", "self.pool.write(layer, self.batch.positions, key"),
+    ),
+    *mutants(
+        "ram_core/models/attention.py",
+        _MISTRAL,
+        ("key_at > query_at - window", "key_at >= query_at - window"),
+        ("key_at > query_at - window", "key_at > query_at - window + 1"),
+        ("position >= context - window", "position > context - window"),
+        ("position >= context - window", "position >= context - window - 1"),
+        ("first = (context - window).clamp(min=0) // size", "first = first + 0"),
+        ("-(-window // size) + 1)", "-(-window // size))"),
+        ("mask = self._prefill_mask(row, window)", "mask = self._prefill_mask(row, None)"),
+    ),
+    *mutants(
+        "ram_core/models/attention.py",
+        _GEMMA,
+        ("attn_mask=view.mask, scale=scaling)", "attn_mask=view.mask)"),
+        ("            attn_mask=mask,\n            scale=scaling,", "            attn_mask=mask,"),
+        ("if window not in self._views:", "if not self._views:"),
+        ("        return self._views[window]", "        return next(iter(self._views.values()))"),
+        ("        return self._masks[row, window]",
+         "        return next(seen for (of, _), seen in self._masks.items() if of == row)"),
+    ),
+    *mutants(
+        "ram_core/models/kv.py",
+        _BAD,
+        ("key.nan_to_num(0.0, 0.0, 0.0)", "key"),
+        ("value.nan_to_num(0.0, 0.0, 0.0)", "value"),
+    ),
+    *mutants(
+        "ram_core/models/conformance.py",
+        _CONFORMANCE,
+        ("1e-3 if paged", "1e3 if paged"),
+        ("1e-3 if paged", "1e-12 if paged"),
+        ("else 0.25", "else 1e-3"),
+        ("if not worst <= tolerance:", "if worst > tolerance:"),
+        ("paged.model.set_attn_implementation(ATTENTION_NAME)", "pass"),
+    ),
+]  # fmt: skip
