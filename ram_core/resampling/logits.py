@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class LogProbs:
-    """Normalised float32 log-probabilities; `is_bad` rows held NaN, +inf or nothing, and are uniform here."""
+    """Normalised float32 log-probabilities; `is_bad` rows held NaN, +inf or nothing, and mean nothing."""
 
     log_p: Float[Tensor, "batch vocab"]
     is_bad: Bool[Tensor, " batch"]
@@ -36,8 +36,8 @@ def log_probs(
 
     Padding goes first: checkpoints of one family pad their embeddings differently, and padding of -inf in
     both models would turn a divergence into NaN. A logit of -inf is an ordinary zero probability; a row
-    with NaN, with +inf, or without any finite logit is bad, is replaced by a uniform one so that it harms
-    no neighbour, and is reported. `allowed` is a grammar's mask.
+    with NaN, with +inf, or without any finite logit is bad and is reported; what follows keeps rows apart,
+    so it harms no neighbour. `allowed` is a grammar's mask.
     """
     logits = logits[:, :vocab_size].float()
     top = logits.amax(-1)
@@ -46,7 +46,6 @@ def log_probs(
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
         is_bad = is_bad | ~logits.amax(-1).isfinite()
-    logits = logits.masked_fill(is_bad[:, None], 0.0)
     return LogProbs(logits.log_softmax(-1), is_bad)
 
 

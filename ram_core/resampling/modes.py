@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ram_core.resampling.noise import Purpose, uniform_noise
 from ram_core.resampling.nucleus import as_units, log_mask
+from ram_core.resampling.params import MIN_TEMPERATURE, StepParams
 
 
 def score_product(
@@ -37,34 +38,33 @@ def draw_from(
 ) -> Int64[Tensor, "batch lanes"]:
     """Inverse-CDF draws: `noise` in [0, 1) picks tokens in proportion to `mass`, which sums to about 1 a row.
 
-    A token without mass is never drawn. Masses are added up as integers, so the sums do not depend on the
-    order in which a device adds, and with it on the other rows: a row's draw is the same in any batch.
+    A token without mass is never drawn; a row of NaN gets any token. Masses are added up as integers, so the
+    sums do not depend on the order in which a device adds, and with it on the other rows: a row's draw is
+    the same in any batch.
     """
     cumulative = as_units(mass).cumsum(-1)
     # Below the total, as noise is below 1 and rounding keeps that for doubles of 53 bits.
     wanted = (noise * cumulative[:, -1:]).long()
-    return torch.searchsorted(cumulative, wanted, right=True)
+    return torch.searchsorted(cumulative, wanted, right=True).clamp(max=mass.shape[-1] - 1)
 
 
 def score_candidates(
     log_p: Float[Tensor, "batch vocab"],
     log_weight: Float[Tensor, "batch vocab"],
     log_nucleus: Float[Tensor, "batch vocab"],
-    temperature: Float[Tensor, " batch"],
-    num_candidates: Int64[Tensor, " batch"],
+    params: StepParams,
     max_candidates: int,
-    seed: Int64[Tensor, " batch"],
-    position: Int64[Tensor, " batch"],
 ) -> Float[Tensor, "batch vocab"]:
     """The empirical law of the paper's algorithm as printed (Eq. 10), drawn afresh each step.
 
-    `num_candidates` independent draws from `p^(1/T)` renormalised on the nucleus, each with importance
-    weight `w^(1/T)`; a token drawn twice counts twice. Returned as a score at temperature 1, hence `T ·
-    log(count)`; temperatures are positive.
+    `num_candidates` (at most `max_candidates`) independent draws from `p^(1/T)` renormalised on the nucleus,
+    each with importance weight `w^(1/T)`; a token drawn twice counts twice. Returned as a score at
+    temperature 1, hence `T · log(count)`. Greedy rows get scores that mean nothing.
     """
-    tempered = (log_p / temperature[:, None] + log_nucleus).softmax(-1)
-    noise = uniform_noise(seed, position, Purpose.CANDIDATES, max_candidates)
+    temperature = params.temperature.clamp(min=MIN_TEMPERATURE)[:, None]
+    tempered = (log_p / temperature + log_nucleus).softmax(-1)
+    noise = uniform_noise(params.seed, params.position, Purpose.CANDIDATES, max_candidates)
     candidates = draw_from(tempered, noise)
-    is_wanted = torch.arange(max_candidates, device=log_p.device) < num_candidates[:, None]
+    is_wanted = torch.arange(max_candidates, device=log_p.device) < params.num_candidates[:, None]
     count = torch.zeros_like(log_p).scatter_add_(1, candidates, is_wanted.float())
-    return score_product(temperature[:, None] * count.log(), log_weight, log_mask(count > 0))
+    return score_product(temperature * count.log(), log_weight, log_mask(count > 0))

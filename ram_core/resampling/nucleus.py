@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Bool, Float, Int32, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 # Units of mass in 1.0. A float32 has 24 significant bits, so probabilities down to 2**-28 are exact, and a
@@ -35,17 +35,24 @@ def log_mask(keep: Bool[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
     return ((keep.int() - 1) & _MINUS_INF_BITS).view(torch.float32)
 
 
+def masked(values: Float[Tensor, "batch vocab"], keep: Bool[Tensor, "batch vocab"]) -> Tensor:
+    """`values` where kept, 0 elsewhere; made of bits like `log_mask`."""
+    return (values.contiguous().view(torch.int32) & -keep.int()).view(torch.float32)
+
+
 def _keep_until(
-    key: Int32[Tensor, "batch vocab"],
+    p: Float[Tensor, "batch vocab"],
     units: Int64[Tensor, "batch vocab"],
     target: Int64[Tensor, " batch"],
-    units_of: Callable[[Int32[Tensor, "batch 1"]], Int64[Tensor, "batch 1"]],
+    units_of: Callable[[Float[Tensor, "batch 1"]], Int64[Tensor, "batch 1"]],
 ) -> Bool[Tensor, "batch vocab"]:
-    """The fewest tokens of largest `key` (lower ids first among equals) whose `units` sum to `target`.
+    """The fewest most probable tokens (lower ids first among equals) whose `units` sum to `target`.
 
-    Keys are below 2**30; tokens of one key have equal units, those that `units_of` tells. Targets lie in
-    [1, sum of the row's units].
+    Probabilities are at most 1; equally probable tokens have equal units, those that `units_of` tells.
+    Targets lie in [1, sum of the row's units]. A row of NaN gets any answer, and harms no other.
     """
+    # Floats that are not negative are in the order of their bits; those up to 1 are below 2**30.
+    key = p.contiguous().view(torch.int32)
     target = target[:, None]
     # The last token to keep has a key in [low, low + _NUM_BINS << shift).
     low = torch.zeros_like(target, dtype=torch.int32)
@@ -55,13 +62,14 @@ def _keep_until(
         bins = ((key - low) >> shift).clamp_(-1, _NUM_BINS).add_(1)
         sums = units.new_zeros(len(units), _NUM_BINS + 3).scatter_add_(1, bins.long(), units)
         from_bin_up = sums.flip(-1).cumsum(-1).flip(-1)
-        last_bin = (from_bin_up >= target).sum(-1, keepdim=True) - 1
+        last_bin = (from_bin_up[:, :-1] >= target).sum(-1, keepdim=True) - 1
         above = from_bin_up.gather(-1, last_bin + 1)
         low = low + ((last_bin - 1) << shift).int()
-    each = units_of(low)
+    last = low.view(torch.float32)
+    each = units_of(last).clamp(min=1)
     num_last = (target - above + each - 1) // each
-    is_last = key == low
-    return (key > low) | (is_last & (is_last.cumsum(-1, dtype=torch.int32) <= num_last))
+    is_last = p == last
+    return (p > last) | (is_last & (is_last.cumsum(-1, dtype=torch.int32) <= num_last))
 
 
 def keep_top_p(
@@ -75,10 +83,7 @@ def keep_top_p(
     units = as_units(p)
     total = units.sum(-1)
     target = (total.double() * top_p.double()).long().clamp(min=1).minimum(total)
-    keep = _keep_until(
-        p.contiguous().view(torch.int32), units, target, lambda key: as_units(key.view(torch.float32))
-    )
-    return keep | (top_p >= 1)[:, None]
+    return _keep_until(p, units, target, as_units) | (top_p >= 1)[:, None]
 
 
 def keep_top_k(
@@ -87,9 +92,7 @@ def keep_top_k(
     """The `top_k` most probable tokens of each row; 0 keeps everything. Ties as in `keep_top_p`."""
     units = torch.ones_like(p, dtype=torch.int64)
     target = torch.where(top_k > 0, top_k, p.shape[-1]).clamp(max=p.shape[-1])
-    return _keep_until(
-        p.contiguous().view(torch.int32), units, target, lambda key: torch.ones_like(key, dtype=torch.int64)
-    )
+    return _keep_until(p, units, target, lambda p: torch.ones_like(p, dtype=torch.int64))
 
 
 def keep_min_p(

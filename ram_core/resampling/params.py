@@ -118,6 +118,7 @@ class StepFeatures:
     """
 
     is_aligned: bool = False
+    has_proposal_temperature: bool = False
     has_proposal_top_k: bool = False
     has_proposal_top_p: bool = False
     has_mixtures: bool = False
@@ -138,6 +139,7 @@ class StepFeatures:
         drawn = [a.num_candidates for a in alignment if a.resampling is Resampling.CANDIDATES]
         return cls(
             is_aligned=bool(alignment),
+            has_proposal_temperature=any(a.proposal_temperature != 1 for a in alignment),
             has_proposal_top_k=any(a.proposal_top_k for a in alignment),
             has_proposal_top_p=any(a.proposal_top_p < 1 for a in alignment),
             has_mixtures=any(len(a.terms) > 1 or any(t.strength < 0 for t in a.terms) for a in alignment),

@@ -15,9 +15,9 @@ from torch import Tensor
 from ram_core.resampling.logits import Aligner, AlignerLogits, combine_aligners, log_probs
 from ram_core.resampling.modes import draw_from, score_candidates, score_nucleus, score_product
 from ram_core.resampling.noise import Purpose, uniform_noise
-from ram_core.resampling.nucleus import log_mask, truncate
+from ram_core.resampling.nucleus import log_mask, masked, truncate
 from ram_core.resampling.params import MIN_TEMPERATURE, Mode, StepFeatures, StepParams
-from ram_core.resampling.telemetry import Telemetry, aligner_mass, effective_sample_size, kl_divergence
+from ram_core.resampling.telemetry import Telemetry, effective_sample_size, kl_divergence
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,50 +122,51 @@ def _align(
 ) -> _Scores:
     """Score the nucleus by each row's mode; gate; tell what was done."""
     is_aligned = params.mode != Mode.PROPOSAL
-    nucleus = truncate(
-        log_p / params.proposal_temperature.clamp(min=MIN_TEMPERATURE)[:, None],
-        top_k=params.proposal_top_k if features.has_proposal_top_k else None,
-        top_p=params.proposal_top_p if features.has_proposal_top_p else None,
-    )
-    strength = aligner.strength[:, None]
-    # Strength 0 is the proposal even where q is 0: 0 · -inf must not become NaN.
-    log_weight = torch.where(strength > 0, strength * aligner.log_q, 0.0)
+    p = log_p.softmax(-1)
+    nucleus = _cut_nucleus(log_p, params, features)
     log_nucleus = log_mask(nucleus)
+    # Strength 0 is the proposal even where q is 0: 0 · -inf is no NaN here.
+    log_weight = (aligner.strength[:, None] * aligner.log_q).nan_to_num_(0.0, torch.inf, -torch.inf)
     exact = score_product(log_p, log_weight, log_nucleus)
     if features.has_nucleus_mode:
         is_nucleus_mode = (params.mode == Mode.NUCLEUS)[:, None]
         exact = torch.where(is_nucleus_mode, score_nucleus(log_weight, log_nucleus), exact)
-
-    kl_p_q = kl_divergence(log_p, aligner.log_q)
+    kl_p_q = kl_divergence(p, log_p, aligner.log_q)
     is_gated = kl_p_q > params.kl_threshold
-    is_empirical = torch.zeros_like(is_gated)
-    scores = exact
+
+    scores, is_empirical = exact, torch.zeros_like(is_gated)
     if features.max_candidates:
         # A cold row has no candidates to draw: its arg max is the product's.
-        is_greedy = _is_greedy(params)
-        is_empirical = (params.mode == Mode.CANDIDATES) & ~is_greedy & ~is_gated
-        empirical = score_candidates(
-            log_p,
-            log_weight,
-            log_nucleus,
-            torch.where(is_greedy, 1.0, params.temperature),
-            params.num_candidates,
-            features.max_candidates,
-            params.seed,
-            params.position,
-        )
+        is_empirical = (params.mode == Mode.CANDIDATES) & ~_is_greedy(params) & ~is_gated
+        empirical = score_candidates(log_p, log_weight, log_nucleus, params, features.max_candidates)
         scores = torch.where(is_empirical[:, None], empirical, exact)
     # An aligner that gives no mass at all to the nucleus, or to what was drawn of it, has nothing to choose.
     is_empty = scores.amax(-1) == -torch.inf
     is_fallback = is_aligned & (is_gated | is_empty)
     is_active = (is_aligned & ~is_fallback)[:, None]
+    told = torch.where(is_active, exact, log_p)
+    scores = torch.where(is_active, scores, log_p) if features.max_candidates else told
 
-    ess = effective_sample_size(log_p, log_weight, log_nucleus)
-    mass = aligner_mass(aligner.log_q, nucleus)
-    kl_pi_p = kl_divergence(torch.where(is_active, exact, log_p).log_softmax(-1), log_p)
+    kl_pi_p = kl_divergence(told.softmax(-1), told.log_softmax(-1), log_p)
+    # A common factor of the weights cancels; normalised on the nucleus, their squares do not underflow.
+    ess = effective_sample_size(masked(p, nucleus), (log_weight + log_nucleus).softmax(-1))
+    # nansum: an aligner without any mass has no softmax.
+    mass = masked(aligner.log_q.softmax(-1), nucleus).nansum(-1).clamp(max=1.0)
     kl_p_q, kl_pi_p, ess, mass = (torch.where(is_aligned, x, 0.0) for x in (kl_p_q, kl_pi_p, ess, mass))
-    telemetry = Telemetry(kl_p_q, kl_pi_p, ess, mass, is_fallback)
-    return _Scores(torch.where(is_active, scores, log_p), is_empirical, telemetry)
+    return _Scores(scores, is_empirical, Telemetry(kl_p_q, kl_pi_p, ess, mass, is_fallback))
+
+
+def _cut_nucleus(
+    log_p: Float[Tensor, "batch vocab"], params: StepParams, features: StepFeatures
+) -> Bool[Tensor, "batch vocab"]:
+    """The tokens that the proposal offers."""
+    if features.has_proposal_temperature:
+        log_p = log_p / params.proposal_temperature.clamp(min=MIN_TEMPERATURE)[:, None]
+    return truncate(
+        log_p,
+        top_k=params.proposal_top_k if features.has_proposal_top_k else None,
+        top_p=params.proposal_top_p if features.has_proposal_top_p else None,
+    )
 
 
 def _end_where_proposed(

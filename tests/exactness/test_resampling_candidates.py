@@ -10,6 +10,7 @@ from ram_core.params import AlignmentParams, Resampling, SamplingParams
 from ram_core.resampling.modes import draw_from, score_candidates
 from ram_core.resampling.noise import Purpose, uniform_noise
 from ram_core.resampling.nucleus import log_mask
+from ram_core.resampling.params import StepParams
 from tests.exactness import laws
 
 P = np.array([0.35, 0.25, 0.2, 0.12, 0.08])
@@ -29,19 +30,17 @@ def draw_many(
     def rows(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).float().expand(num_rows, -1)
 
-    seed, position = torch.arange(num_rows), torch.zeros(num_rows, dtype=torch.int64)
+    asked = (SamplingParams(temperature=temperature), AlignmentParams(num_candidates=num_candidates))
+    params = StepParams.of([asked] * num_rows, seeds=range(num_rows), positions=[0] * num_rows)
     scores = score_candidates(
         rows(np.log(P)),
         rows(strength * np.log(Q)),
         log_mask(torch.from_numpy(IN_NUCLEUS).expand(num_rows, -1)),
-        torch.full((num_rows,), temperature),
-        torch.full((num_rows,), num_candidates),
+        params,
         num_candidates + 3,
-        seed,
-        position,
     )
     mass = (scores / temperature).softmax(-1)
-    return draw_from(mass, uniform_noise(seed, position, Purpose.TOKEN))[:, 0].numpy()
+    return draw_from(mass, uniform_noise(params.seed, params.position, Purpose.TOKEN))[:, 0].numpy()
 
 
 @pytest.mark.parametrize("num_candidates", [1, 2, 3, 6])
