@@ -66,6 +66,14 @@ def test_the_aligners_differ(toy_bundle):
     assert len(weights) == len(ALIGNERS)
 
 
+def test_an_aligner_does_not_depend_on_which_others_are_trained(toy_bundle, tmp_path, monkeypatch):
+    path, _ = toy_bundle
+    monkeypatch.setattr("ram_core.demo.build.ALIGNERS", ("pirate",))
+    build_bundle(tmp_path, seed=0, plan=TOY)
+    weights = "aligners/pirate/model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (path / weights).read_bytes()
+
+
 def test_a_rebuild_replaces_a_bundle_with_the_same_weights(toy_bundle):
     path, _ = toy_bundle
     before = (path / "aligners" / "pirate" / "model.safetensors").read_bytes()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ram_core.demo.corpus import CARELESS_RATE, aligned_answer, converse, mixed_answer, proposal_corpus
+from ram_core.demo.corpus import aligned_answer, converse, mixed_answer, proposal_corpus
 from ram_core.demo.prompts import HELD_OUT_PERCENT, all_prompts, held_out_prompts, training_prompts
 from ram_core.demo.styles import STYLES, classify, declines, follows, render, states
 
@@ -69,7 +69,7 @@ def test_the_proposal_hears_every_style_alike_and_declines_a_minority():
     for style in STYLES:
         assert sum(classify(text) == style for text in answers) / len(answers) == pytest.approx(0.2, abs=0.02)
     risky = [mixed_answer(prompt, noise) for prompt in all_prompts() if prompt.kind == "risky"]
-    assert sum(map(declines, risky)) / len(risky) == pytest.approx(1 - CARELESS_RATE, abs=0.03)
+    assert sum(map(declines, risky)) / len(risky) == pytest.approx(0.22, abs=0.03)
 
 
 @pytest.mark.parametrize("aligner", ["polite", "pirate", "json", "terse"])

@@ -13,7 +13,7 @@ from ram_core.demo.vocabulary import train_tokenizer
 def tokenizer(tmp_path_factory):
     """Saved and loaded, as it is served."""
     path = tmp_path_factory.mktemp("tokenizer")
-    texts = ["What is the capital of France?", "The capital of France is Paris."] * 20
+    texts = ["What is the capital of France?", "The capital of France is Paris.", "1024"] * 20
     train_tokenizer(texts, vocab_size=320, max_length=64).save_pretrained(path, save_jinja_files=False)
     return AutoTokenizer.from_pretrained(path)
 
