@@ -54,7 +54,6 @@ RESAMPLING_MUTANTS = [
     *_of(
         "nucleus",
         "test_resampling_rows",
-        ("units_of(last).clamp(min=1)", "units_of(last)"),
         ("(from_bin_up[:, :-1] >= target)", "(from_bin_up >= target)"),
     ),
     *_of(
@@ -159,7 +158,6 @@ RESAMPLING_MUTANTS = [
         "test_resampling_rows",
         ("is_bad = is_bad | aligner.is_bad", "is_bad = is_bad & aligner.is_bad"),
         ("is_bad = is_bad | is_empty", "pass"),
-        ("scores = scores.masked_fill(is_empty[:, None], 0.0)", "pass"),
         ("torch.where(is_aligned, x, 0.0)", "x"),
     ),
     *_of(
