@@ -88,9 +88,7 @@ def draw_tokens(
         scores = _end_where_proposed(scores, log_p, params.has_eos_priority, eos_ids)
     if bias is not None:
         scores = scores + bias
-        is_empty = ~scores.amax(-1).isfinite()
-        is_bad = is_bad | is_empty
-        scores = scores.masked_fill(is_empty[:, None], 0.0)
+        is_bad = is_bad | ~scores.amax(-1).isfinite()
     token, score, log_prob = _reduce(scores, params, features)
     top_score, top_token = score.topk(features.max_top_log_probs, dim=-1)
     # Relative to the drawn token, which is never improbable, so that improbable ones keep their digits.
