@@ -165,8 +165,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    # Workers inherit it: an idle one must not spin on the cores that the one at work needs.
-    os.environ["OMP_WAIT_POLICY"] = "passive"
     facts = environment()
     print(" ".join(f"{name}={value}" for name, value in facts.items()))
     print("predicted:", "; ".join(f"{name} {bound}" for name, bound in PREDICTED.items()))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.engine import Engine
@@ -102,8 +103,12 @@ def authors_way(job: Job) -> Generate:
 
 
 def continuous_batching(job: Job) -> Generate:
-    """transformers' own continuous batching of the proposal alone."""
+    """transformers' own continuous batching of the proposal alone.
+
+    Its pages are limited to what the batch needs; left alone it takes most of the machine's memory.
+    """
     model = _load(job.proposal, job)
+    limits = ContinuousBatchingConfig(num_blocks=4 * job.max_batch, max_batch_tokens=4096)
 
     def generate(prompts: list[list[int]], num_tokens: int) -> float:
         config = GenerationConfig(
@@ -112,9 +117,13 @@ def continuous_batching(job: Job) -> Generate:
             do_sample=True,
             eos_token_id=-1,
             pad_token_id=2,
-            use_cuda_graph=False,
         )
-        model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+        model.generate_batch(
+            inputs=prompts,
+            generation_config=config,
+            continuous_batching_config=limits,
+            warmup=False,
+        )
         return float("nan")
 
     return generate

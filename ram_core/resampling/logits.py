@@ -20,7 +20,7 @@ class LogProbs:
 
 @dataclass(frozen=True, slots=True)
 class AlignerLogits:
-    """One aligner's raw logits for the batch rows `rows`, and the exponent `strength` it has in each."""
+    """One aligner's raw logits for the batch rows `rows` (ascending), and the `strength` it has in each."""
 
     rows: Int64[Tensor, " rows"]
     logits: Float[Tensor, "rows padded_vocab"]
@@ -93,7 +93,11 @@ def combine_aligners(
     for index, term in enumerate(terms):
         own = log_probs(term.logits, vocab_size)
         is_bad[term.rows] |= own.is_bad
-        log_q.index_add_(0, term.rows, own.log_p if shares is None else _power(own.log_p, shares[index]))
+        powered = own.log_p if shares is None else _power(own.log_p, shares[index])
+        if len(terms) == 1 and len(term.rows) == num_rows:
+            log_q = powered
+        else:
+            log_q.index_add_(0, term.rows, powered)
         if shares is not None:
             is_loose[term.rows] |= shares[index] != 1
     if allowed is not None:

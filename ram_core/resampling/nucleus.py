@@ -24,7 +24,8 @@ _NUM_BINS = 1 << _DIGIT_BITS
 
 def as_units(p: Float[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
     """Probabilities as integers, `UNITS` to 1.0, so that sums do not depend on the order of adding."""
-    return (p.double() * UNITS).long()
+    # Scaling by a power of two is exact in float32, so nothing is lost before the integers.
+    return (p * UNITS).long()
 
 
 def log_mask(keep: Bool[Tensor, "batch vocab"]) -> Float[Tensor, "batch vocab"]:
@@ -83,7 +84,8 @@ def keep_top_p(
     units = as_units(p)
     total = units.sum(-1)
     target = (total.double() * top_p.double()).long().clamp(min=1).minimum(total)
-    return _keep_until(p, units, target, as_units) | (top_p >= 1)[:, None]
+    keep = _keep_until(p, units, target, as_units)
+    return keep | (top_p >= 1)[:, None]
 
 
 def keep_top_k(
