@@ -23,7 +23,7 @@ RESAMPLING_MUTANTS = [
     *_of(
         "nucleus",
         "test_nucleus",
-        ("return (p.double() * UNITS).long()", "return (p.double() * 2.0**23).long()"),
+        ("return (p * UNITS).long()", "return (p * 2.0**23).long()"),
         ("_MINUS_INF_BITS = -0x800000", "_MINUS_INF_BITS = 0"),
         ("(keep.int() - 1)", "(-keep.int())"),
         ("for shift in (2 * _DIGIT_BITS, _DIGIT_BITS, 0):", "for shift in (2 * _DIGIT_BITS, _DIGIT_BITS):"),
@@ -37,7 +37,7 @@ RESAMPLING_MUTANTS = [
         ("is_last = p == last", "is_last = p >= last"),
         ("<= num_last)", "< num_last)"),
         ("clamp(min=1).minimum(total)", "minimum(total)"),
-        ("as_units) | (top_p >= 1)[:, None]", "as_units)"),
+        ("return keep | (top_p >= 1)[:, None]", "return keep"),
         ("torch.where(top_k > 0, top_k, p.shape[-1])", "torch.where(top_k > 1, top_k, p.shape[-1])"),
         ("lambda p: torch.ones_like(p, dtype=torch.int64)", "as_units"),
         ("return p >= min_p[:, None]", "return p > min_p[:, None]"),
@@ -157,7 +157,7 @@ RESAMPLING_MUTANTS = [
         "step",
         "test_resampling_rows",
         ("is_bad = is_bad | aligner.is_bad", "is_bad = is_bad & aligner.is_bad"),
-        ("is_bad = is_bad | is_empty", "pass"),
+        ("is_bad = is_bad | ~scores.amax(-1).isfinite()", "is_bad = is_bad | False"),
         ("torch.where(is_aligned, x, 0.0)", "x"),
     ),
     *_of(
