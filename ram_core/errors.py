@@ -39,6 +39,10 @@ class NonFiniteLogits(RamError):
     """A model returned NaN or +inf for this request; its neighbours go on."""
 
 
+class EngineOutOfMemory(RamError):
+    """The request did not fit into memory, and gave way for good; its neighbours go on."""
+
+
 class CheckpointError(RamError):
     """A model directory cannot be served: missing, broken, or of an unsupported kind."""
 

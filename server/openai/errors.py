@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ram_core.errors import (
     ContextLengthExceeded,
+    EngineOutOfMemory,
     EngineUnavailable,
     InvalidRequest,
     NonFiniteLogits,
@@ -85,6 +86,7 @@ _TABLE: dict[type[RamError], _Row] = {
         503, "service_unavailable_error", "engine_unavailable", {"Retry-After": str(ENGINE_RETRY_S)}
     ),
     NonFiniteLogits: _Row(500, "server_error", None, _NO_RETRY),
+    EngineOutOfMemory: _Row(500, "server_error", None),
     RamError: _Row(500, "server_error", None),
 }
 

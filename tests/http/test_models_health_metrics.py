@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import time
 
 import pytest
+from msgspec import structs
 
 from ram_core.engine.messages import EngineStats, FailedEvent, StepTelemetry
 from ram_core.errors import NonFiniteLogits
@@ -107,8 +107,8 @@ def test_every_label_is_there_before_its_first_use(client):
 def test_an_aligned_request_is_measured_once_under_both_names(client, engine):
     def script(request):
         events = say(request, "the dog", telemetry=TELEMETRY)
-        fallback = dataclasses.replace(TELEMETRY, is_fallback=True, kl_p_q=float("nan"))
-        return [dataclasses.replace(events[0], telemetry=fallback), *events[1:]]
+        fallback = structs.replace(TELEMETRY, is_fallback=True, kl_p_q=float("nan"))
+        return [structs.replace(events[0], telemetry=fallback), *events[1:]]
 
     engine.script = script
     before = metrics_of(client)
