@@ -32,6 +32,8 @@ Progress = Callable[[str], None]
 _CPU_KV_BYTES = 1 << 30
 _CUDA_KV_SHARE = 0.6
 _PROPOSAL_POOL = "proposal"
+PROPOSAL = "proposal"
+"""The proposal's name among the models; no aligner has it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class ModelBank:
     eos_ids: frozenset[int]
     proposal_pool: str = field(default=_PROPOSAL_POOL)
 
+    def model(self, name: str) -> PagedModel:
+        """A model by the name that lanes have for it."""
+        return self.proposal if name == PROPOSAL else self.aligners[name]
+
     @property
     def limits(self) -> EngineLimits:
         """What requests are checked against."""
@@ -72,18 +78,18 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
         CheckpointError: a model cannot be served.
         VocabularyMismatch: an aligner's tokenizer is not the proposal's.
     """
-    sources = {"proposal": config.proposal} | {a.name: a.source for a in config.aligners}
+    sources = {PROPOSAL: config.proposal} | {a.name: a.source for a in config.aligners}
     if len(sources) != len(config.aligners) + 1:
         raise CheckpointError("two aligners have the same name, or one is called `proposal`")
     progress("reading configs and tokenizers")
     configs = {name: _load_supported_config(name, source, config) for name, source in sources.items()}
     tokenizer = _load_tokenizers(sources, config)
     rows = {name: loaded.get_text_config().vocab_size for name, loaded in configs.items()}
-    vocab_size = shared_vocabulary_size(tokenizer, rows.pop("proposal"), rows)
+    vocab_size = shared_vocabulary_size(tokenizer, rows.pop(PROPOSAL), rows)
     max_model_len = _choose_max_model_len(config, configs)
 
     device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device, configs["proposal"])
+    dtype = resolve_dtype(config.dtype, device, configs[PROPOSAL])
     models = {}
     for name, source in sources.items():
         progress(f"loading {name} ({source}) on {device} as {str(dtype).removeprefix('torch.')}")
@@ -96,7 +102,7 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
         )
         models[name] = PagedModel(model, name=name)
         check_conformance(models[name], vocab_size)
-    proposal = models.pop("proposal")
+    proposal = models.pop(PROPOSAL)
 
     geometries, pool_of = _share_pools(proposal, models)
     num_pages, max_model_len = _size_pools(config, geometries, max_model_len, device)

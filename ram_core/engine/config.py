@@ -20,8 +20,13 @@ class EngineConfig:
     `proposal` is a local directory or a hub id. `device` "auto" takes CUDA if there, else CPU; `dtype`
     "auto" takes the checkpoint's own on CUDA and float32 on CPU. `max_model_len` 0 takes the proposal's
     (and the aligners') own limit. `kv_memory_bytes` 0 takes 60 % of what is free after loading on CUDA,
-    1 GiB on CPU. `max_batch` sequences run at once, at most `max_step_tokens` tokens enter a step, and
-    `max_queue` more sequences may wait.
+    1 GiB on CPU. `max_batch` sequences run at once, at most `max_step_tokens` tokens enter a step (0: 2048
+    on CUDA, 128 on CPU, where reading so many takes about as long as a step that draws), and `max_queue` more
+    sequences may wait.
+
+    With `prefix_cache`, requests begin behind the longest prefix that an earlier one of their tenant left in
+    KV memory. `is_overlapping` plans a step while the one before runs (None: on CUDA); `has_static_shapes`
+    pads steps that only draw, so that few different shapes occur.
     """
 
     proposal: str
@@ -32,6 +37,9 @@ class EngineConfig:
     kv_memory_bytes: int = 0
     page_size: int = 16
     max_batch: int = 32
-    max_step_tokens: int = 512
+    max_step_tokens: int = 0
     max_queue: int = 256
+    prefix_cache: bool = True
+    is_overlapping: bool | None = None
+    has_static_shapes: bool = False
     trust_remote_code: bool = False

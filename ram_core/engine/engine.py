@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
+from collections import Counter, deque
 from collections.abc import Sequence as Rows
 
-from ram_core.engine.bank import ModelBank, Progress, load_bank
+from ram_core.engine.bank import PROPOSAL, ModelBank, Progress, load_bank
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.memory import keep_freed_memory
 from ram_core.engine.messages import (
@@ -19,14 +21,21 @@ from ram_core.engine.messages import (
     StartedEvent,
     TokenEvent,
 )
-from ram_core.engine.pages import PageBook
-from ram_core.engine.runner import Draw, Runner
+from ram_core.engine.pages import PageBook, chain_root
+from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory
 from ram_core.engine.scheduler import ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
-from ram_core.errors import NonFiniteLogits
+from ram_core.errors import EngineOutOfMemory, NonFiniteLogits
+
+logger = logging.getLogger(__name__)
 
 # An odd constant spreads the choices of one seeded request over the noise's key space.
 _CHOICE_STRIDE = 0x9E3779B97F4A7C15
+
+
+# Tokens of a step where the configuration names none.
+_STEP_TOKENS = {"cpu": 128}
+_DEFAULT_STEP_TOKENS = 2048
 
 
 class Engine:
@@ -36,14 +45,21 @@ class Engine:
         self.config = config
         self.bank = bank
         self.limits = bank.limits
+        device = bank.proposal.device.type
         self._scheduler = Scheduler(
-            {name: PageBook(pool.num_pages) for name, pool in bank.pools.items()},
+            {
+                name: PageBook(pool.num_pages, keeps_idle=config.prefix_cache)
+                for name, pool in bank.pools.items()
+            },
             page_size=bank.page_size,
             num_slots=config.max_batch,
-            max_step_tokens=config.max_step_tokens,
+            max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _DEFAULT_STEP_TOKENS),
         )
-        self._runner = Runner(bank, num_slots=config.max_batch)
-        self._num_steps = 0
+        self._runner = Runner(bank, num_slots=config.max_batch, has_static_shapes=config.has_static_shapes)
+        is_overlapping = device == "cuda" if config.is_overlapping is None else config.is_overlapping
+        self._max_in_flight = int(is_overlapping)
+        self._in_flight: deque[list[LaunchedStep]] = deque()
+        self._counts: Counter[str] = Counter()
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress = lambda _: None) -> Engine:
@@ -53,7 +69,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return bool(self._in_flight) or self._scheduler.has_work
 
     @property
     def stats(self) -> EngineStats:
@@ -64,8 +80,9 @@ class Engine:
             num_waiting=len(self._scheduler.waiting),
             num_pages_used=fullest.num_used,
             num_pages=fullest.num_pages,
-            num_steps=self._num_steps,
             last_progress_s=time.monotonic(),
+            num_preemptions=self._scheduler.num_preemptions,
+            **self._counts,
         )
 
     def handle(self, command: Command) -> None:
@@ -74,24 +91,71 @@ class Engine:
             for sequence in self._scheduler.find(command.request_id, command.index):
                 self._scheduler.remove(sequence)
         else:
-            for index in range(command.num_choices):
-                self._scheduler.add(self._make_sequence(command, index))
+            root = self._prefix_root(command)
+            choices = range(command.num_choices)
+            self._scheduler.add(*[self._make_sequence(command, index, root) for index in choices])
 
     def step(self) -> list[Event]:
-        """Advance every scheduled sequence; return what there is to tell."""
+        """Advance every scheduled sequence; return what there is to tell, of this step or the one before."""
         plan = self._scheduler.plan()
         for sequence in plan.started:
             self._runner.start(sequence)
         events = self._tell_started(plan.started)
         if plan.rows:
-            events += self._commit(plan.rows, self._runner.run(plan))
-        self._num_steps += 1
+            launched, starved = self._launch(plan.rows)
+            if len(launched) != 1:
+                self._scheduler.shrink()
+            events += [self._tell_starved(sequence) for sequence in starved]
+            self._in_flight.append(launched)
+        while len(self._in_flight) > (self._max_in_flight if plan.rows else 0):
+            for part in self._in_flight.popleft():
+                events += self._commit(part.rows, part.collect())
+        self._counts["num_steps"] += 1
         return events
 
-    def _make_sequence(self, request: Request, index: int) -> Sequence:
+    def _launch(self, rows: Rows[ScheduledRow]) -> tuple[list[LaunchedStep], list[Sequence]]:
+        """Launch rows, in parts if there is no memory for all at once; also whom nothing is left for."""
+        try:
+            return [self._runner.launch(rows)], []
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("No memory for a step of %d rows: %s", len(rows), error)
+        # Only here, as the error held on to the step's tensors.
+        self._runner.free_memory()
+        if len(rows) == 1:
+            return [], self._starve(rows[0])
+        half = len(rows) // 2
+        launched, starved = self._launch(rows[:half])
+        more_launched, more_starved = self._launch(rows[half:])
+        return launched + more_launched, starved + more_starved
+
+    def _starve(self, row: ScheduledRow) -> list[Sequence]:
+        """A row that finds no memory even alone: a prompt gets one more try, in smaller chunks."""
+        sequence = row.sequence
+        if row.num_tokens > 1 and not sequence.is_starved:
+            sequence.is_starved = True
+            self._scheduler.put_back(sequence)
+            return []
+        self._scheduler.remove(sequence)
+        return [sequence]
+
+    def _tell_starved(self, sequence: Sequence) -> FailedEvent:
+        self._counts["num_out_of_memory"] += 1
+        error = EngineOutOfMemory("The device has no memory left for this request.")
+        return FailedEvent(sequence.request.request_id, sequence.index, error)
+
+    def _prefix_root(self, request: Request) -> bytes | None:
+        """What a request's pages are found by: none is shared between tenants, or between different salts."""
+        if self.config.prefix_cache:
+            return chain_root(request.tenant, request.cache_salt)
+        # Still read a prompt once for all choices.
+        return chain_root(request.request_id) if request.num_choices > 1 else None
+
+    def _make_sequence(self, request: Request, index: int, prefix_root: bytes | None) -> Sequence:
         seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         alignment = request.alignment
-        lanes = [Lane("proposal", self.bank.proposal_pool)]
+        lanes = [Lane(PROPOSAL, self.bank.proposal_pool)]
         if not alignment.is_identity:
             lanes += [
                 Lane(term.aligner, self.bank.pool_of[term.aligner], term.strength) for term in alignment.terms
@@ -106,16 +170,22 @@ class Engine:
             max_tokens=self.limits.max_tokens(request),
             arrived_s=time.monotonic(),
             token_ids=list(request.prompt_ids),
+            prefix_root=prefix_root,
         )
 
     def _tell_started(self, started: Rows[Sequence]) -> list[Event]:
         """One event a request, when its first choice leaves the queue for the first time."""
         events: list[Event] = []
         for sequence in started:
-            if sequence.index == 0 and not sequence.has_started:
-                queue_s = time.monotonic() - sequence.arrived_s
-                events.append(StartedEvent(sequence.request.request_id, queue_s))
+            if sequence.has_started:
+                continue
             sequence.has_started = True
+            num_cached = sequence.lanes[0].num_named * self.bank.page_size
+            self._counts["num_prompt_tokens"] += len(sequence.request.prompt_ids)
+            self._counts["num_cached_tokens"] += num_cached
+            if sequence.index == 0:
+                queue_s = time.monotonic() - sequence.arrived_s
+                events.append(StartedEvent(sequence.request.request_id, queue_s, num_cached))
         return events
 
     def _commit(self, rows: Rows[ScheduledRow], draws: Rows[Draw]) -> list[Event]:
@@ -123,24 +193,29 @@ class Engine:
         pending = iter(draws)
         for row in rows:
             draw = next(pending) if row.draws else None
-            self._scheduler.commit(row, draw.token_id if draw and not draw.is_bad else None)
-            if draw is not None:
+            if draw is None or not row.is_current:
+                continue
+            if draw.is_bad:
+                events.append(self._fail(row.sequence))
+            else:
+                self._scheduler.commit(row, draw.token_id)
                 events.append(self._conclude(row.sequence, draw))
         return events
 
-    def _conclude(self, sequence: Sequence, draw: Draw) -> Event:
+    def _fail(self, sequence: Sequence) -> FailedEvent:
+        self._counts["num_failed"] += 1
+        self._scheduler.remove(sequence)
+        error = NonFiniteLogits("A model returned non-finite logits for this request.")
+        return FailedEvent(sequence.request.request_id, sequence.index, error)
+
+    def _conclude(self, sequence: Sequence, draw: Draw) -> TokenEvent:
         """Tell what a sequence drew; one that ended leaves its slot and pages."""
-        request_id, index = sequence.request.request_id, sequence.index
-        if draw.is_bad:
-            self._scheduler.remove(sequence)
-            error = NonFiniteLogits("A model returned non-finite logits for this request.")
-            return FailedEvent(request_id, index, error)
         reason = sequence.finish_reason_after(draw.token_id)
         if reason is not None:
             self._scheduler.remove(sequence)
         return TokenEvent(
-            request_id=request_id,
-            index=index,
+            request_id=sequence.request.request_id,
+            index=sequence.index,
             token_id=draw.token_id,
             log_prob=draw.log_prob,
             top_log_probs=draw.top_log_probs,

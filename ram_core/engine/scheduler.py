@@ -1,30 +1,58 @@
 """Which sequence contributes how many tokens to the next step. Plain Python: never imports torch.
 
 Sequences that are being written come first, one token each; what is left of the step's budget goes to
-prompts, in chunks, oldest first. A sequence is admitted when a slot and pages for its prompt are free; when
-a running one finds no page, the youngest running sequence is put back into the queue and recomputed later
-(its noise is counter-based, so it draws the same tokens). Every admitted sequence fits alone, so the oldest
-always gets on and nothing can wait for ever.
+prompts, in chunks, shared equally between tenants. A sequence is admitted when a slot and pages for its
+prompt are free, in the order of `FairQueue`; it begins behind the longest prefix that its lanes find in the
+books. When a running one finds no page, or somebody of a better priority waits, the last of the lowest
+priority is put back into the queue and recomputed later (its noise is counter-based, so it draws the same
+tokens). Every admitted sequence fits alone, so the first of the best priority always gets on and nothing can
+wait for ever.
+
+A plan may be made while earlier steps still run: the tokens that these draw are counted before they are
+known. Pages change hands at once, as the device runs its steps one after the other.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
+from ram_core.engine.fair_queue import FairQueue
 from ram_core.engine.pages import PageBook, pages_for
 from ram_core.engine.sequence import Sequence
+
+_MIN_SHARE = 16
+"""So many tokens of prompt a tenant gets in a step at least, if it gets any."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """`num_tokens` tokens of a sequence from `start`; the last of them draws a token if `draws`."""
+    """Brings all lanes of a sequence to `end`; the last of its tokens draws a token if `draws`.
+
+    Lane i reads from `lane_starts[i]`, which is `end` if it has nothing to do; `start` is the least of them.
+    """
 
     sequence: Sequence
-    start: int
-    num_tokens: int
+    stay: int
+    lane_starts: tuple[int, ...]
+    end: int
     draws: bool
+
+    @property
+    def start(self) -> int:
+        return min(self.lane_starts)
+
+    @property
+    def num_tokens(self) -> int:
+        """What the row takes of the step's budget: the tokens of its slowest lane."""
+        return self.end - self.start
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the sequence is still in the stay that the row was planned for."""
+        return self.sequence.stay == self.stay
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,20 +70,34 @@ class Scheduler:
         self, books: Mapping[str, PageBook], *, page_size: int, num_slots: int, max_step_tokens: int
     ) -> None:
         self.books = books
-        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.num_preemptions = 0
         self._page_size = page_size
+        self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
-        # At least one prompt token must fit beside a full batch of drawing sequences.
-        self._max_step_tokens = max(max_step_tokens, num_slots + 1)
+        self._queue = FairQueue(quantum=max_step_tokens)
+        # Choices that wait for the first of their request to have read the prompt that they share.
+        self._followers: dict[Sequence, list[Sequence]] = {}
+        self._set_budget(max_step_tokens)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        """Sequences without a slot, about in the order in which they will get one."""
+        return [*self._queue, *chain.from_iterable(self._followers.values())]
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.running or self._queue)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence behind all others."""
-        self.waiting.append(sequence)
+    def add(self, *choices: Sequence) -> None:
+        """Queue the choices of a request. A prompt that fills a page is read once for all of them."""
+        leader, *others = choices
+        self._queue.add(leader)
+        if others and leader.prefix_root is not None and len(leader.token_ids) > self._page_size:
+            self._followers[leader] = others
+        else:
+            for sequence in others:
+                self._queue.add(sequence)
 
     def find(self, request_id: str, index: int | None) -> list[Sequence]:
         """The live sequences of a request, or the one of its choice `index`."""
@@ -67,95 +109,189 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not; its slot and pages are free at once."""
+        for leader, others in self._followers.items():
+            if sequence in others:
+                others.remove(sequence)
+                if not others:
+                    del self._followers[leader]
+                return
+        self._free_followers(sequence)
         if sequence.slot < 0:
-            self.waiting.remove(sequence)
-            return
-        self.running.remove(sequence)
-        self._release(sequence)
+            self._queue.remove(sequence)
+        else:
+            self.running.remove(sequence)
+            self._release(sequence)
+        self._queue.leave(sequence)
+
+    def shrink(self) -> None:
+        """Halve the budget of a step: the last one found no memory."""
+        self._set_budget(self._max_step_tokens // 2)
 
     def plan(self) -> Plan:
         """Choose the rows of the next step and reserve their pages."""
-        budget = self._max_step_tokens
-        writing = [sequence for sequence in self.running if sequence.num_pending == 1]
-        # Making room for an older sequence may have put a younger one back.
+        writing = [sequence for sequence in self.running if sequence.num_pending == 1 and sequence.may_draw]
+        # Making room for a better one may have put a worse one back.
         rows = [
             self._row(sequence, 1) for sequence in writing if sequence.slot >= 0 and self._make_room(sequence)
         ]
-        budget -= len(rows)
         reading = [sequence for sequence in self.running if sequence.num_pending > 1]
-        started: list[Sequence] = []
-        for sequence in self._readers(reading, started):
-            row = self._row(sequence, min(budget, sequence.num_pending))
-            budget -= row.num_tokens
-            rows.append(row)
-            # Before the next is admitted: it would hold a slot and pages, and read nothing.
-            if not budget:
-                break
+        started = self._admit(reading, self._max_step_tokens - len(rows))
+        # Those put back for somebody of a better priority leave the step; their share goes to the prompts.
+        rows = [row for row in rows if row.is_current]
+        reading = [sequence for sequence in reading if sequence.slot >= 0]
+        shares = self._share_out(reading, self._max_step_tokens - len(rows))
+        rows += [self._row(sequence, num) for sequence, num in zip(reading, shares, strict=True) if num]
         rows.sort(key=lambda row: row.num_tokens > 1)
         return Plan(tuple(rows), tuple(started))
 
-    def commit(self, row: ScheduledRow, token_id: int | None) -> None:
-        """Note that a row was computed, and the token that it drew, if it drew one."""
-        row.sequence.num_computed = row.start + row.num_tokens
-        if token_id is not None:
-            row.sequence.token_ids.append(token_id)
+    def commit(self, row: ScheduledRow, token_id: int) -> None:
+        """Note the token that a row drew. The row must be current: what others drew is void."""
+        sequence = row.sequence
+        sequence.num_in_flight -= 1
+        self._name_pages(sequence, row.end)
+        sequence.token_ids.append(token_id)
+        self._queue.charge(sequence, 1)
+        self._free_followers(sequence)
 
-    def _readers(self, reading: list[Sequence], started: list[Sequence]) -> Iterator[Sequence]:
-        """Sequences with prompt left to read: the running first, then whom the queue can spare room for."""
-        yield from reading
-        while self.waiting and self._free_slots and self._has_room(self.waiting[0]):
-            sequence = self.waiting.popleft()
-            sequence.slot = self._free_slots.pop()
-            self._reserve(sequence, len(sequence.token_ids))
-            self.running.append(sequence)
-            started.append(sequence)
-            yield sequence
+    def put_back(self, sequence: Sequence) -> None:
+        """Preempt: free everything and wait in front of the queue, to be recomputed from the start."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self._queue.put_back(sequence)
+        self.num_preemptions += 1
+
+    def _set_budget(self, max_step_tokens: int) -> None:
+        # At least one prompt token must fit beside a full batch of drawing sequences.
+        self._max_step_tokens = max(max_step_tokens, self._num_slots + 1)
+
+    def _free_followers(self, leader: Sequence) -> None:
+        for sequence in reversed(self._followers.pop(leader, [])):
+            self._queue.add(sequence, is_first=True)
+
+    def _admit(self, reading: list[Sequence], budget: int) -> list[Sequence]:
+        """Start whom there is room for and tokens to read; appends them to `reading`."""
+        started: list[Sequence] = []
+        while (head := self._queue.head()) is not None:
+            tenants = {sequence.request.tenant for sequence in reading}
+            wanted = sum(sequence.num_pending for sequence in reading)
+            # One that found nothing to do would hold a slot and pages all the same.
+            is_new_tenant = head.request.tenant not in tenants and len(tenants) * _MIN_SHARE < budget
+            if wanted >= budget and not is_new_tenant:
+                break
+            if not self._start(head):
+                break
+            reading.append(head)
+            started.append(head)
+        return started
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Give the head of the queue a slot, what it shares, and pages for the rest; False without room."""
+        while not (self._free_slots and self._has_room(sequence)):
+            worst = self._worst()
+            if worst is None or worst.request.priority <= sequence.request.priority:
+                return False
+            self.put_back(worst)
+        self._queue.remove(sequence)
+        for lane, pages in zip(sequence.lanes, self._find_prefixes(sequence), strict=True):
+            self.books[lane.pool].share(pages)
+            lane.pages = pages
+            lane.num_named = len(pages)
+            lane.num_computed = len(pages) * self._page_size
+        self._reserve(sequence, len(sequence.token_ids))
+        sequence.slot = self._free_slots.pop()
+        self.running.append(sequence)
+        if not sequence.has_started:
+            self._queue.charge(sequence, sequence.num_pending)
+        return True
+
+    def _share_out(self, reading: list[Sequence], budget: int) -> list[int]:
+        """Tokens for each reader: its tenant's equal share, oldest first; then what others leave over."""
+        if not reading:
+            return []
+        tenants = dict.fromkeys(sequence.request.tenant for sequence in reading)
+        left = dict.fromkeys(tenants, max(budget // len(tenants), 1))
+        spare = budget
+        shares = []
+        for sequence in reading:
+            share = min(sequence.num_pending, left[sequence.request.tenant], spare)
+            left[sequence.request.tenant] -= share
+            spare -= share
+            shares.append(share)
+        for index, sequence in enumerate(reading):
+            extra = min(sequence.num_pending - shares[index], spare)
+            shares[index] += extra
+            spare -= extra
+        return shares
 
     @staticmethod
     def _row(sequence: Sequence, num_tokens: int) -> ScheduledRow:
-        start = sequence.num_computed
-        return ScheduledRow(sequence, start, num_tokens, start + num_tokens == len(sequence.token_ids))
+        end = sequence.num_computed + num_tokens
+        starts = tuple(min(lane.num_computed, end) for lane in sequence.lanes)
+        draws = end == sequence.num_tokens
+        for lane in sequence.lanes:
+            lane.num_computed = max(lane.num_computed, end)
+        sequence.num_in_flight += draws
+        return ScheduledRow(sequence, sequence.stay, starts, end, draws)
+
+    def _find_prefixes(self, sequence: Sequence) -> list[list[int]]:
+        """For each lane the pages of the longest known prefix; the last token is always computed anew."""
+        most = (len(sequence.token_ids) - 1) // self._page_size
+        return [
+            self.books[lane.pool].find(sequence.prefix_keys(lane, most, self._page_size))
+            for lane in sequence.lanes
+        ]
+
+    def _name_pages(self, sequence: Sequence, num_tokens: int) -> None:
+        """Let others find the pages that `num_tokens` tokens fill; only a draw shows that they are sound."""
+        if sequence.prefix_root is None:
+            return
+        num_full = num_tokens // self._page_size
+        for lane in sequence.lanes:
+            if num_full > lane.num_named:
+                keys = list(sequence.prefix_keys(lane, num_full, self._page_size))
+                for index in range(lane.num_named, num_full):
+                    self.books[lane.pool].name(lane.pages[index], keys[index])
+                lane.num_named = num_full
 
     def _has_room(self, sequence: Sequence) -> bool:
         """Whether the prompt and the first drawn token fit into free pages, in every pool."""
-        needed = self._pages_needed(sequence, len(sequence.token_ids) + 1)
+        wanted = pages_for(len(sequence.token_ids) + 1, self._page_size)
+        needed: Counter[str] = Counter()
+        for lane, found in zip(sequence.lanes, self._find_prefixes(sequence), strict=True):
+            needed[lane.pool] += wanted - len(found) + self.books[lane.pool].num_idle(found)
         return all(count <= self.books[pool].num_free for pool, count in needed.items())
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Reserve the next token's page, putting back younger sequences; False if it had to go itself."""
-        total = len(sequence.token_ids)
-        while any(
-            count > self.books[pool].num_free for pool, count in self._pages_needed(sequence, total).items()
-        ):
-            youngest = self.running[-1]
-            self._put_back(youngest)
-            if youngest is sequence:
+        """Reserve the next token's page, putting back worse sequences; False if it had to go itself."""
+        total = sequence.num_tokens
+        wanted = pages_for(total, self._page_size)
+        needed = Counter({lane.pool: 0 for lane in sequence.lanes})
+        for lane in sequence.lanes:
+            needed[lane.pool] += max(0, wanted - len(lane.pages))
+        while any(count > self.books[pool].num_free for pool, count in needed.items()):
+            worst = self._worst()
+            assert worst is not None
+            self.put_back(worst)
+            if worst is sequence:
                 return False
         self._reserve(sequence, total)
         return True
-
-    def _pages_needed(self, sequence: Sequence, num_tokens: int) -> Counter[str]:
-        wanted = pages_for(num_tokens, self._page_size)
-        needed: Counter[str] = Counter()
-        for lane in sequence.lanes:
-            needed[lane.pool] += max(0, wanted - len(lane.pages))
-        return needed
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> None:
         wanted = pages_for(num_tokens, self._page_size)
         for lane in sequence.lanes:
             lane.pages += self.books[lane.pool].take(max(0, wanted - len(lane.pages)))
 
-    def _put_back(self, sequence: Sequence) -> None:
-        """Preempt: free everything and wait in front of the queue, to be recomputed from the start."""
-        self.running.remove(sequence)
-        self._release(sequence)
-        sequence.num_computed = 0
-        self.waiting.appendleft(sequence)
+    def _worst(self) -> Sequence | None:
+        """Who gives way first: of the lowest priority the last that was admitted."""
+        return max(reversed(self.running), key=lambda sequence: sequence.request.priority, default=None)
 
     def _release(self, sequence: Sequence) -> None:
         for lane in sequence.lanes:
             self.books[lane.pool].give_back(lane.pages)
             lane.pages = []
+            lane.num_computed = lane.num_named = 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
+        sequence.stay += 1
+        sequence.num_in_flight = 0

@@ -174,11 +174,13 @@ class PagedAttention:
     def _make_decode_view(self, window: int | None, dtype: torch.dtype) -> _DecodeView:
         size = self.batch.page_size
         rows = self.batch.num_decode
-        longest = max(self.batch.host_context_lens[:rows])
         context = self.batch.context_lens[:rows, None]
-        table = self.batch.page_table[:rows, : -(-longest // size)]
+        table = self.batch.page_table[:rows]
+        if rows < len(self.batch.query_lens):
+            # A prompt beside them may have more pages than any of them.
+            table = table[:, : -(-max(self.batch.host_context_lens[:rows]) // size)]
         first = torch.zeros_like(context)
-        if window is not None and window < longest:
+        if window is not None and window < table.shape[1] * size:
             # Only the pages that the window touches are read.
             first = (context - window).clamp(min=0) // size
             num_pages = min(table.shape[1], -(-window // size) + 1)

@@ -30,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Rows of a forward, packed. Rows of one token (decode) come first, `num_decode` of them.
+    """Rows of a forward, packed. The first `num_decode` rows have one token each.
 
     `slots` says where each token's key and value go: `page * page_size + offset`. `context_lens` counts
     the tokens of each row's sequence after this forward. `query_lens` and `host_context_lens` are the
@@ -49,17 +49,28 @@ class PackedBatch:
     page_size: int
 
 
-def pack(rows: Sequence[Row], *, page_size: int, device: torch.device) -> PackedBatch:
-    """Lay rows out flat. Rows of one token must come before longer ones."""
+def pack(
+    rows: Sequence[Row],
+    *,
+    page_size: int,
+    device: torch.device,
+    num_rows: int = 0,
+    num_pages: int = 0,
+) -> PackedBatch:
+    """Lay rows out flat, in a single upload.
+
+    With `num_rows`, rows that write to the trash page and want logits are added until there are so many; the
+    page table gets at least `num_pages` columns. So batches of different sizes can have the same shapes.
+    """
+    rows = [*rows, *[_PADDING] * (num_rows - len(rows))]
     query_lens = tuple(len(row.token_ids) for row in rows)
-    num_decode = sum(length == 1 for length in query_lens)
-    if any(length != 1 for length in query_lens[:num_decode]):
-        raise ValueError("rows of one token must come before longer ones")
+    num_decode = next((index for index, length in enumerate(query_lens) if length != 1), len(rows))
     context_lens = tuple(row.start + n for row, n in zip(rows, query_lens, strict=True))
-    num_pages = [-(-length // page_size) for length in context_lens]
-    table = np.full((len(rows), max(num_pages)), TRASH_PAGE, dtype=np.int64)
-    for index, (row, used) in enumerate(zip(rows, num_pages, strict=True)):
-        table[index, :used] = row.pages[:used]
+    used_pages = [-(-length // page_size) for length in context_lens]
+    table = np.full((len(rows), max(*used_pages, num_pages)), TRASH_PAGE, dtype=np.int64)
+    for index, (row, used) in enumerate(zip(rows, used_pages, strict=True)):
+        held = row.pages[:used]
+        table[index, : len(held)] = held
 
     lens = np.array(query_lens)
     ends = np.cumsum(lens)
@@ -70,18 +81,24 @@ def pack(rows: Sequence[Row], *, page_size: int, device: torch.device) -> Packed
     input_ids = np.fromiter((token for row in rows for token in row.token_ids), np.int64, int(ends[-1]))
     logit_tokens = ends[[row.wants_logits for row in rows]] - 1
 
-    def upload(array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
-
+    fields = (input_ids, positions, slots, np.array(context_lens), logit_tokens, table.reshape(-1))
+    flat = torch.from_numpy(np.concatenate(fields))
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    lengths = [len(field) for field in fields]
+    ids, at, into, contexts, logits, pages = torch.split(flat.to(device, non_blocking=True), lengths)
     return PackedBatch(
-        input_ids=upload(input_ids),
-        positions=upload(positions),
-        slots=upload(slots),
-        page_table=upload(table),
-        context_lens=upload(np.array(context_lens)),
-        logit_tokens=upload(logit_tokens),
+        input_ids=ids,
+        positions=at,
+        slots=into,
+        page_table=pages.view(table.shape),
+        context_lens=contexts,
+        logit_tokens=logits,
         query_lens=query_lens,
         host_context_lens=context_lens,
         num_decode=num_decode,
         page_size=page_size,
     )
+
+
+_PADDING = Row(token_ids=(0,), start=0, pages=())

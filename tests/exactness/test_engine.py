@@ -13,6 +13,7 @@ from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.local import Choice, LocalEngine
 from ram_core.engine.messages import Cancel, Event, FailedEvent, Request, StartedEvent, TokenEvent
+from ram_core.models.kv import KvPool
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
 from tests.exactness import laws
 from tests.models import save_pair
@@ -56,8 +57,12 @@ def make_config(directory: Path, family: str) -> EngineConfig:
 
 
 def anew(engine: Engine, **changes: object) -> Engine:
-    """Another engine over the same models and memory, which nobody else uses meanwhile."""
-    return Engine(replace(engine.config, **changes), engine.bank)
+    """Another engine over the same models, with memory of its own."""
+    pools = {
+        name: KvPool(pool.geometry, pool.num_pages, pool.page_size, engine.bank.proposal.device)
+        for name, pool in engine.bank.pools.items()
+    }
+    return Engine(replace(engine.config, **changes), replace(engine.bank, pools=pools))
 
 
 def load_tight(engine: Engine) -> Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from ram_core.models.packing import Row, pack
@@ -30,6 +29,20 @@ def test_a_batch_is_laid_out_flat_and_each_token_knows_its_place() -> None:
     assert batch.num_decode == 2
 
 
-def test_rows_of_one_token_behind_longer_ones_are_refused() -> None:
-    with pytest.raises(ValueError, match="before longer ones"):
-        pack([Row([1, 2], 0, [1]), Row([3], 0, [2])], page_size=4, device=CPU)
+def test_rows_of_one_token_behind_longer_ones_are_read_like_these() -> None:
+    batch = pack([Row([5], 2, [3]), Row([1, 2], 0, [1]), Row([3], 0, [2])], page_size=4, device=CPU)
+    assert batch.num_decode == 1
+    assert batch.query_lens == (1, 2, 1)
+    assert batch.logit_tokens.tolist() == [0, 2, 3]
+
+
+def test_a_padded_batch_has_the_shapes_of_a_larger_one() -> None:
+    """Padding reads and writes the trash page, and its logits come last."""
+    batch = pack([Row([50], 7, [5, 2]), Row([60], 0, [3])], page_size=4, device=CPU, num_rows=4, num_pages=3)
+    assert batch.input_ids.tolist() == [50, 60, 0, 0]
+    assert batch.positions.tolist() == [7, 0, 0, 0]
+    assert batch.slots.tolist() == [2 * 4 + 3, 3 * 4, 0, 0]
+    assert batch.page_table.tolist() == [[5, 2, 0], [3, 0, 0], [0, 0, 0], [0, 0, 0]]
+    assert batch.context_lens.tolist() == [8, 1, 1, 1]
+    assert batch.logit_tokens.tolist() == [0, 1, 2, 3]
+    assert batch.num_decode == 4

@@ -39,7 +39,8 @@ def make_sequence(name: str, prompt: int, *, pools: tuple[str, ...] = ("p",), li
 def step(scheduler: Scheduler) -> Plan:
     plan = scheduler.plan()
     for row in plan.rows:
-        scheduler.commit(row, 7 if row.draws else None)
+        if row.draws:
+            scheduler.commit(row, 7)
     return plan
 
 
