@@ -105,6 +105,6 @@ class FairQueue:
             for tenant in ring:
                 self._credit[tenant] += rounds * self._quantum
         while self._credit[tenant := next(iter(ring))] <= 0:
-            self._credit[tenant] += self._quantum
             ring.move_to_end(tenant)
+            self._credit[next(iter(ring))] += self._quantum
         return tenant

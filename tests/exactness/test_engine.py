@@ -137,10 +137,14 @@ def test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens(family_con
         for index, (prompt, alignment) in enumerate(cases(PROMPTS))
     ]
     chunked = anew(engine, max_step_tokens=9)
+    overlapping = anew(engine, is_overlapping=True, max_step_tokens=9)
+    static = anew(engine, has_static_shapes=True)
     tight = load_tight(engine)
     arrangements = {
         "alone": (engine, {k: v for r in requests for k, v in run_together(engine, [r]).items()}),
-        "batched": (engine, run_together(engine, requests)),
+        "batched, prompts cached": (engine, run_together(engine, requests)),
+        "overlapping": (overlapping, run_together(overlapping, requests, every=2)),
+        "static shapes": (static, run_together(static, requests)),
         "chunked": (chunked, run_together(chunked, requests)),
         "interleaved": (chunked, run_together(chunked, requests, every=3)),
         "preempted": (tight, run_together(tight, requests)),
@@ -292,7 +296,8 @@ def test_stop_tokens_and_limits_end_a_text(engine: Engine) -> None:
     assert local.generate([PROMPTS[0]], just_enough)[0].finish_reason == "stop"
     [whole] = local.generate([PROMPTS[0]], replace(GREEDY, max_tokens=0))
     assert len(whole.token_ids) + len(PROMPTS[0]) == engine.limits.max_model_len
-    ending = LocalEngine(Engine(engine.config, replace(engine.bank, eos_ids=frozenset({stop}))))
+    bank = replace(engine.bank, eos_ids=frozenset({stop}), pools=anew(engine).bank.pools)
+    ending = LocalEngine(Engine(engine.config, bank))
     [ended] = ending.generate([PROMPTS[0]], replace(GREEDY, ignore_eos=False))
     assert (ended.token_ids, ended.finish_reason) == (until_stop, "stop")
     [ignoring] = ending.generate([PROMPTS[0]], GREEDY)
