@@ -131,10 +131,9 @@ class Engine:
         return launched + more_launched, starved + more_starved
 
     def _starve(self, row: ScheduledRow) -> list[Sequence]:
-        """A row that finds no memory even alone: a prompt gets one more try, in smaller chunks."""
+        """A row that finds no memory even alone: a prompt is tried again, as long as chunks get smaller."""
         sequence = row.sequence
-        if row.num_tokens > 1 and not sequence.is_starved:
-            sequence.is_starved = True
+        if row.num_tokens > 1 and self._scheduler.can_shrink:
             self._scheduler.put_back(sequence)
             return []
         self._scheduler.remove(sequence)

@@ -123,6 +123,11 @@ class Scheduler:
             self._release(sequence)
         self._queue.leave(sequence)
 
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a step may have fewer tokens than now."""
+        return self._max_step_tokens > self._num_slots + 1
+
     def shrink(self) -> None:
         """Halve the budget of a step: the last one found no memory."""
         self._set_budget(self._max_step_tokens // 2)

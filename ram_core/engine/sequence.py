@@ -31,8 +31,7 @@ class Sequence:
 
     `lanes[0]` is the proposal's; the others are the aligners', one a term. `slot` is the row of the
     parameter tables for as long as the sequence runs, -1 while it waits. `stay` counts its stays in the
-    batch: what a step brings for an earlier stay is void. `is_starved` says that its prompt once found no
-    memory. `prefix_root` starts the chain of page digests,
+    batch: what a step brings for an earlier stay is void. `prefix_root` starts the chain of page digests,
     None if nothing is shared.
     """
 
@@ -49,7 +48,6 @@ class Sequence:
     slot: int = -1
     stay: int = 0
     has_started: bool = False
-    is_starved: bool = False
     _digests: list[bytes] = field(default_factory=list)
 
     @property

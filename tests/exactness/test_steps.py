@@ -1,0 +1,221 @@
+"""How steps are made: overlapping, of few shapes, in parts for want of memory. None of it changes a token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ram_core.engine import runner
+from ram_core.engine.config import EngineConfig
+from ram_core.engine.engine import Engine
+from ram_core.engine.messages import Cancel, FailedEvent, Request, TokenEvent
+from ram_core.engine.runner import LaunchedStep, Runner
+from ram_core.errors import EngineOutOfMemory
+from ram_core.models.packing import PackedBatch
+from ram_core.params import SamplingParams
+from tests.exactness.test_engine import ALIGNED, IDENTITY, PROMPTS, TERSE, TWICE, anew, make_config
+
+KINDS = [IDENTITY, ALIGNED, TERSE, TWICE]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    return make_config(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture(scope="module")
+def loaded(config: EngineConfig) -> Engine:
+    return Engine.load(config)
+
+
+def mixed_requests() -> list[Request]:
+    """Sampled, some with stop tokens that are met, lengths all over."""
+    return [
+        Request(
+            str(index),
+            prompt,
+            SamplingParams(seed=index, max_tokens=6 + index % 9, stop_token_ids=tuple(range(index * 3))),
+            KINDS[index % len(KINDS)],
+            num_choices=1 + index % 2,
+        )
+        for index, prompt in enumerate(PROMPTS * 3)
+    ]
+
+
+def serve(engine: Engine, requests: list[Request]) -> dict[tuple[str, int], list[tuple[int, str | None]]]:
+    for request in requests:
+        engine.handle(request)
+    told: dict[tuple[str, int], list[tuple[int, str | None]]] = {}
+    while engine.has_work:
+        for event in engine.step():
+            assert not isinstance(event, FailedEvent)
+            if isinstance(event, TokenEvent):
+                place = told.setdefault((event.request_id, event.index), [])
+                place.append((event.token_id, event.finish_reason))
+    assert engine.stats.num_pages_used == 0
+    return told
+
+
+@pytest.mark.parametrize("max_step_tokens", [0, 9])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_overlapping_steps_draw_what_steps_one_by_one_draw(
+    loaded: Engine, max_step_tokens: int, prefix_cache: bool
+) -> None:
+    changes = {"max_step_tokens": max_step_tokens, "prefix_cache": prefix_cache}
+    plain = serve(anew(loaded, is_overlapping=False, **changes), mixed_requests())
+    assert serve(anew(loaded, is_overlapping=True, **changes), mixed_requests()) == plain
+    reasons = [tokens[-1][1] for tokens in plain.values()]
+    assert {"stop", "length"} == set(reasons)
+
+
+def test_overlapping_steps_survive_preemption(loaded: Engine) -> None:
+    pools = loaded.bank.pools.values()
+    page_bytes = sum(pool.geometry.bytes_per_token * pool.page_size for pool in pools)
+    tight = replace(loaded.config, kv_memory_bytes=31 * page_bytes, max_model_len=60)
+    plain = serve(anew(loaded), mixed_requests())
+    for is_overlapping in (False, True):
+        engine = Engine.load(replace(tight, is_overlapping=is_overlapping))
+        assert serve(engine, mixed_requests()) == plain
+        assert engine.stats.num_preemptions > 0
+
+
+def test_the_next_step_is_launched_before_the_last_ones_tokens_are_known(
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    launch, collect = Runner.launch, LaunchedStep.collect
+    monkeypatch.setattr(Runner, "launch", lambda self, rows: order.append("launch") or launch(self, rows))
+    monkeypatch.setattr(LaunchedStep, "collect", lambda self: order.append("collect") or collect(self))
+    request = Request("r", (5, 6, 7), SamplingParams(max_tokens=3, ignore_eos=True))
+    serve(anew(loaded, is_overlapping=True), [request])
+    assert order == ["launch", "launch", "collect", "launch", "collect", "collect"]
+    order.clear()
+    serve(anew(loaded, is_overlapping=False), [request])
+    assert order == ["launch", "collect"] * 3
+
+
+def test_a_request_cancelled_with_a_step_under_way_leaves_nothing(loaded: Engine) -> None:
+    engine = anew(loaded, is_overlapping=True)
+    for request in mixed_requests():
+        engine.handle(request)
+    for _ in range(4):
+        engine.step()
+    for request in mixed_requests()[:-1]:
+        engine.handle(Cancel(request.request_id))
+    alive = mixed_requests()[-1]
+    told = [event for event in drain(engine) if isinstance(event, TokenEvent)]
+    assert {event.request_id for event in told} == {alive.request_id}
+    assert engine.stats.num_pages_used == 0
+
+
+def drain(engine: Engine) -> list[object]:
+    events: list[object] = []
+    while engine.has_work:
+        events += engine.step()
+    return events
+
+
+def test_steps_that_only_draw_have_few_shapes_and_draw_the_same(
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = serve(anew(loaded), mixed_requests())
+    engine = anew(loaded, has_static_shapes=True)
+    shapes: set[tuple[int, ...]] = set()
+    sampled: set[tuple[int, ...]] = set()
+    for name in ("proposal", "polite", "terse"):
+        model = engine.bank.model(name)
+        monkeypatch.setattr(model, "forward", watched(model.forward, shapes))
+    draw_tokens = runner.draw_tokens
+
+    def watch(logits: torch.Tensor, *args: object, **kwargs: object) -> object:
+        sampled.add(tuple(logits.shape))
+        return draw_tokens(logits, *args, **kwargs)
+
+    monkeypatch.setattr(runner, "draw_tokens", watch)
+    assert serve(engine, mixed_requests()) == plain
+    rows, pages = {shape[0] for shape in shapes}, {shape[1] for shape in shapes}
+    assert rows <= {1, 2, 4, 8}
+    assert pages <= {1, 2, 4, 8, 16}
+    assert len(rows) > 2
+    assert {shape[0] for shape in sampled} <= {1, 2, 3, 4, 5, 6, 7, 8}
+
+
+def watched(
+    forward: Callable[..., torch.Tensor], shapes: set[tuple[int, ...]]
+) -> Callable[..., torch.Tensor]:
+    """Notes the shape of each batch that only draws."""
+
+    def watch(batch: PackedBatch, pool: object) -> torch.Tensor:
+        if batch.num_decode == len(batch.query_lens) == len(batch.logit_tokens):
+            shapes.add(tuple(batch.page_table.shape))
+        return forward(batch, pool)
+
+    return watch
+
+
+class Memory:
+    """A model whose forwards find no memory above so many tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: Engine, error: Exception) -> None:
+        self.max_tokens = 10**9
+        self.num_failures = 0
+        model = engine.bank.proposal
+        forward = model.forward
+
+        def bounded(batch: PackedBatch, pool: object) -> torch.Tensor:
+            if len(batch.input_ids) > self.max_tokens:
+                self.num_failures += 1
+                raise error
+            return forward(batch, pool)
+
+        monkeypatch.setattr(model, "forward", bounded)
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory."),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu"])
+@pytest.mark.parametrize("is_overlapping", [False, True])
+def test_a_step_without_memory_is_made_in_parts_and_nobody_notices(
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception, is_overlapping: bool
+) -> None:
+    plain = serve(anew(loaded), mixed_requests())
+    engine = anew(loaded, is_overlapping=is_overlapping, max_step_tokens=64)
+    memory = Memory(monkeypatch, engine, error)
+    memory.max_tokens = 20
+    assert serve(engine, mixed_requests()) == plain
+    assert 0 < memory.num_failures < 12, "the budget of a step should have shrunk"
+    assert engine.stats.num_out_of_memory == 0
+
+
+def test_only_who_does_not_fit_alone_fails(loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing above 8 tokens fits, and a step of this engine may not be shorter than 9."""
+    engine = anew(loaded, max_step_tokens=64)
+    Memory(monkeypatch, engine, OUT_OF_MEMORY[0]).max_tokens = 8
+    sampling = SamplingParams(max_tokens=5, ignore_eos=True)
+    for name, length in (("short", 6), ("long", 40), ("short too", 3)):
+        engine.handle(Request(name, tuple(range(10, 10 + length)), sampling))
+    events = drain(engine)
+    [failed] = [event for event in events if isinstance(event, FailedEvent)]
+    assert failed.request_id == "long"
+    assert isinstance(failed.error, EngineOutOfMemory)
+    ended = {e.request_id for e in events if isinstance(e, TokenEvent) and e.finish_reason}
+    assert ended == {"short", "short too"}
+    assert engine.stats.num_out_of_memory == 1
+    assert engine.stats.num_pages_used == 0
+
+
+def test_another_error_in_a_forward_is_not_taken_for_a_lack_of_memory(
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = anew(loaded)
+    Memory(monkeypatch, engine, RuntimeError("illegal memory access")).max_tokens = 0
+    engine.handle(Request("r", (1, 2), SamplingParams(max_tokens=2)))
+    with pytest.raises(RuntimeError, match="illegal"):
+        engine.step()
