@@ -1,0 +1,1 @@
+"""A load client for any server that speaks OpenAI's chat completions: what it sends, what it measures."""
