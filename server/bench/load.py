@@ -114,7 +114,7 @@ class RequestSource:
         )
 
     def request(self, index: int, phase: Phase = "measured") -> PlannedRequest:
-        """Request number `index`; those of the warm-up are others, and leave nothing in a cache for the rest."""
+        """Request number `index`; those of the warm-up are others, so that no cache knows the rest."""
         noise = np.random.default_rng([self._load.seed, _REQUEST_NOISE, _PHASES[phase], index])
         model = self._names[noise.choice(len(self._names), p=self._shares)]
         num_tokens = self._output_lengths.draw(noise)

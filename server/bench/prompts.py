@@ -15,7 +15,7 @@ from ram_core.errors import RamError
 from server.bench.lengths import Lengths
 
 # Short and common: in most vocabularies each is one token with the space before it.
-WORDS = """
+_WORD_LIST = """
 an as at be by do go he if in is it me my no of on or so to up us we about above after again air all also
 always and another answer any are around ask back because been before began being below between big book both
 boy built but call came can car change children city close cold come could country cut day did different does
@@ -31,7 +31,8 @@ state still stop story study such sun sure table take talk tell than that them t
 think this those three through time together told too took town tree true try turn two under until use very
 voice walk want warm was watch water way well went were what when where which while white who why will wind
 with wood word work world would write year yes you young your
-""".split()
+"""
+WORDS = _WORD_LIST.split()
 SHORT_WORDS = [*string.ascii_lowercase, *(word for word in WORDS if len(word) <= 3)]
 MAX_FITTING_ROUNDS = 64
 
@@ -91,7 +92,7 @@ class RecordedTalks:
 
     def __init__(self, talks: Sequence[Talk], noise: np.random.Generator) -> None:
         self._talks = talks
-        self._order = noise.permutation(len(talks))
+        self._order: list[int] = noise.permutation(len(talks)).tolist()
 
     def talk(self, index: int, noise: np.random.Generator) -> Talk:
         return self._talks[self._order[index % len(self._talks)]]
@@ -130,18 +131,17 @@ def _tokens_a_word(words: Sequence[str], count: CountTokens) -> int:
 
 
 def read_talks(path: Path, *, count: CountTokens | None) -> list[Talk]:
-    """One conversation a line: `{"messages": […]}`, ShareGPT's `{"conversations": […]}`, or `{"prompt": "…"}`.
+    """One conversation a line: `{"messages": […]}`, ShareGPT's `{"conversations": […]}` or `{"prompt": "…"}`.
 
-    An assistant's message at the end is what was answered then: it is not sent, and its length by `count`, if
-    there is one, is asked for; `"max_tokens"` in the line wins. Raises `RamError` that names the line at fault.
+    An assistant's message at the end is what was answered then: it is not sent, and its length by `count`,
+    if there is one, is asked for; `"max_tokens"` in the line wins. Raises `RamError` that names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RamError(f"Cannot read conversations from {path}: {error}") from None
-    talks = [
-        _read_talk(line, f"{path}:{number}", count) for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    talks = [_read_talk(line, f"{path}:{number}", count) for number, line in numbered]
     if not talks:
         raise RamError(f"There is no conversation in {path}.")
     return talks
@@ -178,6 +178,7 @@ def _messages_of(fields: dict[str, Any]) -> list[Message]:
             {"role": _SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
             for turn in fields["conversations"]
         ]
-    return [
-        {**message, "role": message["role"], "content": message["content"]} for message in fields["messages"]
-    ]
+    messages: list[Message] = list(fields["messages"])
+    if not all(message["role"] and "content" in message for message in messages):
+        raise ValueError("A message has a role and a content.")
+    return messages
