@@ -10,11 +10,14 @@ from transformers import PreTrainedModel
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import AttentionBackend, PagedAttention, ShapeProbe, attention_backend
 from ram_core.models.kv import KvGeometry, KvPool
+from ram_core.models.packed_linear import pack_linears
 from ram_core.models.packing import PackedBatch
 
 
 class PagedModel:
-    """Wraps a model loaded with `attn_implementation=ATTENTION_NAME`.
+    """Wraps a model loaded with `attn_implementation=ATTENTION_NAME`, and lays its weights out for inference.
+
+    `weight_bytes` are the bytes of all parameters, tied ones once.
 
     Raises:
         CheckpointError: a layer of the model does not go through the attention interface.
@@ -24,12 +27,9 @@ class PagedModel:
         self.model = model
         self.name = name
         self.device = model.device
+        self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        pack_linears(model)
         self.geometry = self._learn_geometry()
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all parameters, tied ones once."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, pool: KvPool) -> Float[Tensor, "logit padded_vocab"]:
