@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from ram_core import __version__
 from ram_core.errors import RamError
+from server.commands.bench import DEFAULT_URL, bench_app
+from server.commands.failing import fail
 
 app = typer.Typer(
     name="ram",
@@ -19,22 +21,16 @@ app = typer.Typer(
 )
 demo_app = typer.Typer(help="The embedded demo: rebuild it, measure it.", no_args_is_help=True)
 app.add_typer(demo_app, name="demo")
+app.add_typer(bench_app, name="bench")
 
 AlignerFlags = Annotated[
     list[str] | None, typer.Option("--aligner", metavar="NAME=PATH", help="An aligner; may be repeated.")
 ]
-DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def main() -> None:
     """The console script."""
     app()
-
-
-def fail(reason: object) -> NoReturn:
-    """One line on stderr, and exit code 1."""
-    typer.echo(f"ram: {' '.join(str(reason).split())}", err=True)
-    raise typer.Exit(1)
 
 
 def _print_version(is_wanted: bool) -> None:

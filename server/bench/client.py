@@ -224,8 +224,11 @@ async def list_models(target: Target) -> list[str]:
     try:
         async with target.open_session(1) as session, session.get(f"{target.base_url}/models") as response:
             listing = msgspec.json.decode(await response.read())
-            return [str(model["id"]) for model in listing["data"]]
+            names = [str(model["id"]) for model in listing["data"]]
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise RamError(f"Cannot reach {target.base_url}: {error}") from None
     except (msgspec.MsgspecError, KeyError, TypeError):
         raise RamError(f"{target.base_url}/models lists no models; name one with --model.") from None
+    if not names:
+        raise RamError(f"{target.base_url} serves no model.")
+    return names

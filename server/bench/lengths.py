@@ -38,7 +38,7 @@ def parse_lengths(text: str) -> Lengths:
         case "fixed", [length] if length >= 1 and length.is_integer():
             return Lengths(text, lambda _noise: length)
         case "uniform", [low, high] if 1 <= low <= high and low.is_integer() and high.is_integer():
-            return Lengths(text, lambda noise: noise.integers(int(low), int(high), endpoint=True))
+            return Lengths(text, lambda noise: float(noise.integers(int(low), int(high), endpoint=True)))
         case "normal", [mean, sd, *ends] if _is_law(mean, ends):
             return Lengths(text, lambda noise: noise.normal(mean, sd), *ends)
         case "lognormal", [mean, sd, *ends] if _is_law(mean, ends):

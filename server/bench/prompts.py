@@ -137,7 +137,7 @@ def read_talks(path: Path, *, count: CountTokens | None) -> list[Talk]:
     if there is one, is asked for; `"max_tokens"` in the line wins. Raises `RamError` that names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise RamError(f"Cannot read conversations from {path}: {error}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
