@@ -125,7 +125,7 @@ def _remarks(run: Run, summary: Summary, schedule: Schedule | None) -> list[str]
         )
     if schedule and schedule.lag_s and schedule.lag_s.p99 > LATE_LAG_S:
         remarks.append(
-            f"Requests left up to {schedule.lag_s.max * 1000:.0f} ms late: this was not quite the load asked for."
+            f"Requests left up to {schedule.lag_s.max * 1000:.0f} ms late: the load was not quite as asked."
         )
     asked, got = summary.mean_asked_tokens, summary.mean_output_tokens
     if asked and got and got < SHORT_ANSWER_SHARE * asked:

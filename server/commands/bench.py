@@ -59,7 +59,7 @@ def bench(
         ),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(help="Seconds for a whole request.", rich_help_panel=SERVER)
+        float, typer.Option(help="Seconds that a request may take.", rich_help_panel=SERVER)
     ] = 600,
     needs_done: Annotated[
         bool,
@@ -139,7 +139,7 @@ def bench(
         str,
         typer.Option(
             metavar="JSON",
-            help="Fields for every request; null takes one of ours back.",
+            help="Fields for every request; null takes ours back.",
             rich_help_panel=TEXT,
         ),
     ] = "{}",
@@ -153,9 +153,7 @@ def bench(
     ] = None,
     allow_failures: Annotated[
         float,
-        typer.Option(
-            help="Share of requests that may fail before the exit code is 1.", rich_help_panel=OUTPUT
-        ),
+        typer.Option(help="Share that may fail before the exit code is 1.", rich_help_panel=OUTPUT),
     ] = 0.0,
     is_markdown: Annotated[
         bool, typer.Option("--markdown", help="Tables as Markdown.", rich_help_panel=OUTPUT)
