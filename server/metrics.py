@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -19,6 +19,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from ram_core.engine.client import EngineClient
 from ram_core.engine.messages import EngineStats, StepTelemetry
 from server.settings import IDENTITY
 
@@ -83,12 +84,12 @@ class Metrics:
             self._create_children(aligner)
         self.registry.register(_EcosystemNames(self, model_name))
 
-    def open(self, aligners: tuple[str, ...], stats: Callable[[], EngineStats]) -> None:
+    def open(self, engine: EngineClient) -> None:
         """Create the aligners' label children, so that rates start at 0, and follow the engine's figures."""
-        for aligner in aligners:
+        for aligner in engine.aligners:
             self._create_children(aligner)
-        self.registry.register(_EngineFigures(stats, self._model_name))
-        self.registry.register(_ResidentAligners(aligners))
+        self.registry.register(_EngineFigures(engine, self._model_name))
+        self.registry.register(_ResidentAligners(engine.aligners))
 
     def _create_children(self, aligner: str) -> None:
         by_aligner: tuple[Counter | Histogram, ...] = (
@@ -167,12 +168,12 @@ class Meter:
 class _EngineFigures(Collector):
     """The engine's own figures, read when asked for."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str) -> None:
-        self._stats = stats
+    def __init__(self, engine: EngineClient, model_name: str) -> None:
+        self._engine = engine
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._stats()
+        stats = self._engine.stats
         usage = stats.num_pages_used / stats.num_pages if stats.num_pages else 0.0
         yield GaugeMetricFamily("ram_requests_running", "Sequences in the batch.", stats.num_running)
         yield GaugeMetricFamily("ram_requests_waiting", "Sequences in the queue.", stats.num_waiting)
@@ -180,6 +181,14 @@ class _EngineFigures(Collector):
         yield GaugeMetricFamily("ram_kv_pages_total", "Pages of KV memory.", stats.num_pages)
         yield GaugeMetricFamily("ram_kv_usage_ratio", "Part of KV memory in use.", usage)
         yield CounterMetricFamily("ram_engine_steps", "Steps of the engine.", stats.num_steps)
+        restarts = self._engine.num_restarts
+        yield CounterMetricFamily("ram_engine_restarts", "Deaths of the engine that were mended.", restarts)
+        for name, elsewhere, text, value in _counts(stats):
+            yield CounterMetricFamily(f"ram_{name}", text, value)
+            if elsewhere:
+                counter = CounterMetricFamily(f"vllm:{elsewhere}", text, labels=["model_name"])
+                counter.add_metric([self._model_name], value)
+                yield counter
         yield self._renamed("num_requests_running", "Sequences in the batch.", stats.num_running)
         yield self._renamed("num_requests_waiting", "Sequences in the queue.", stats.num_waiting)
         yield self._renamed("kv_cache_usage_perc", "Part of KV memory in use.", usage)
@@ -188,6 +197,18 @@ class _EngineFigures(Collector):
         gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name"])
         gauge.add_metric([self._model_name], value)
         return gauge
+
+
+def _counts(stats: EngineStats) -> list[tuple[str, str, str, int]]:
+    """What an engine counts from its start on: our name, vLLM's or none, text and value."""
+    queries, hits = "prefix_cache_queries", "prefix_cache_hits"
+    return [
+        ("preemptions", "num_preemptions", "Sequences that gave way to others.", stats.num_preemptions),
+        (queries, queries, "Tokens of prompts that were looked for in the cache.", stats.num_prompt_tokens),
+        (hits, hits, "Tokens of prompts that were found in the cache.", stats.num_cached_tokens),
+        ("out_of_memory", "", "Sequences that did not fit into memory.", stats.num_out_of_memory),
+        ("non_finite_logits", "", "Sequences that ended by non-finite logits.", stats.num_failed),
+    ]
 
 
 class _ResidentAligners(Collector):

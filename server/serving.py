@@ -34,13 +34,12 @@ class Serving:
         self.is_draining = False
         self._loaded: Loaded | None = None
         self._names = ModelNames(settings.model_name)
-        self._idle_until_s = time.monotonic()
 
     def open(self, loaded: Loaded) -> None:
         """Answer requests from now on."""
         aligners = loaded.engine.aligners
         self._names = ModelNames(self.settings.model_name, aligners, self.settings.default_aligner)
-        self.metrics.open(aligners, lambda: loaded.engine.stats)
+        self.metrics.open(loaded.engine)
         self._loaded = loaded
 
     async def close(self) -> None:
@@ -60,11 +59,15 @@ class Serving:
         """What requests may call by name; the proposal alone while loading."""
         return self._names
 
-    def note_work(self) -> None:
-        """Tell that a request goes to the engine: an idle engine's last progress may be long ago."""
-        stats = self.loaded.engine.stats
-        if not stats.num_running + stats.num_waiting:
-            self._idle_until_s = time.monotonic()
+    def why_not_alive(self) -> str | None:
+        """Why this process should be ended and begun anew; None if there is no reason."""
+        if self._loaded is None or self._loaded.engine.trouble is not None:
+            # What loads, or is begun anew by its supervisor, needs time and no help.
+            return None
+        silent_s = time.monotonic() - self._loaded.engine.stats.last_progress_s
+        if silent_s > self.settings.stall_s:
+            return f"the engine made no progress for {silent_s:.0f} s"
+        return None
 
     def why_not_ready(self) -> str | None:
         """Why no request should come here now; None if all is well."""
@@ -72,11 +75,4 @@ class Serving:
             return "loading"
         if self.is_draining:
             return "draining"
-        engine = self._loaded.engine
-        if not engine.is_alive:
-            return "the engine is dead"
-        stats = engine.stats
-        silent_s = time.monotonic() - max(stats.last_progress_s, self._idle_until_s)
-        if stats.num_running + stats.num_waiting and silent_s > self.settings.stall_s:
-            return f"the engine has work, and made no progress for {silent_s:.0f} s"
-        return None
+        return self._loaded.engine.trouble or self.why_not_alive()

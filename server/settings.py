@@ -17,6 +17,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from ram_core.engine.client import HEARTBEAT_S
 from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.errors import RamError
 
@@ -65,6 +66,7 @@ def aligner_table(items: list[str]) -> dict[str, str]:
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
+EngineMode = Literal["process", "thread"]
 Aligners = Annotated[dict[str, str], NoDecode, BeforeValidator(parse_aligners)]
 
 
@@ -86,10 +88,11 @@ class Settings(BaseSettings):
     max_body_bytes: Size = 4 * 2**20
     ping_s: float = Field(default=15.0, gt=0)
     send_timeout_s: float = Field(default=60.0, gt=0)
-    stall_s: float = Field(default=60.0, gt=0)
+    stall_s: float = Field(default=60.0, ge=4 * HEARTBEAT_S)
     drain_s: float = Field(default=0.0, ge=0)
     shutdown_grace_s: float = Field(default=30.0, ge=0)
 
+    engine: EngineMode = "process"
     device: str | None = None
     dtype: str | None = None
     max_model_len: int | None = Field(default=None, ge=0)
@@ -98,6 +101,9 @@ class Settings(BaseSettings):
     max_batch: int | None = Field(default=None, ge=1)
     max_step_tokens: int | None = Field(default=None, ge=1)
     max_queue: int | None = Field(default=None, ge=0)
+    prefix_cache: bool | None = None
+    is_overlapping: bool | None = None
+    has_static_shapes: bool | None = None
     trust_remote_code: bool | None = None
 
     @classmethod
@@ -146,6 +152,9 @@ class Settings(BaseSettings):
             "max_batch": self.max_batch,
             "max_step_tokens": self.max_step_tokens,
             "max_queue": self.max_queue,
+            "prefix_cache": self.prefix_cache,
+            "is_overlapping": self.is_overlapping,
+            "has_static_shapes": self.has_static_shapes,
             "trust_remote_code": self.trust_remote_code,
         }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

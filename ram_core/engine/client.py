@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
-from ram_core.engine.messages import EngineStats, Event, Request
+from ram_core.engine.config import EngineConfig
+from ram_core.engine.messages import Command, EngineStats, Event, Request
+from ram_core.engine.streams import OpenStreams, RequestStream
+
+HEARTBEAT_S = 0.25
+"""An idle engine tells its numbers anew so often: a `last_progress_s` that is older tells of a stall."""
 
 
 class EventStream(Protocol):
@@ -42,11 +47,15 @@ class EngineClient(Protocol):
 
     @property
     def stats(self) -> EngineStats:
-        """The newest numbers; cheap, never blocks."""
+        """The newest numbers; cheap, never blocks. An engine that is idle renews them all the same."""
 
     @property
-    def is_alive(self) -> bool:
-        """Whether the step loop runs (it may be idle)."""
+    def num_restarts(self) -> int:
+        """How often the engine has died and was begun anew."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no request can be taken now, such as "the engine has died"; None if the step loop runs."""
 
     def submit(self, request: Request) -> EventStream:
         """Admit a request or refuse it at once.
@@ -55,8 +64,45 @@ class EngineClient(Protocol):
             InvalidRequest: an unknown token id, or no room in the context (`ContextLengthExceeded`).
             UnknownModel: an aligner that is not registered.
             QueueFull: too many requests are waiting.
-            EngineUnavailable: the engine is dead or closed.
+            EngineUnavailable: the engine is dead, closed, or being restarted.
         """
 
     async def close(self) -> None:
         """End the step loop; running requests fail with `EngineUnavailable`."""
+
+
+class StreamingClient:
+    """What is the same of every client: requests are admitted here, without asking the engine."""
+
+    def __init__(self, config: EngineConfig, send: Callable[[Command], None]) -> None:
+        self._streams = OpenStreams(config.max_batch + config.max_queue, send)
+        self._stats = EngineStats()
+
+    @property
+    def aligners(self) -> tuple[str, ...]:
+        """Names of the aligners that can be asked for, in the order of registration."""
+        return tuple(self._streams.limits.pools)
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt and answer together hold at most this many tokens."""
+        return self._streams.limits.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are in [0, vocab_size)."""
+        return self._streams.limits.vocab_size
+
+    @property
+    def stats(self) -> EngineStats:
+        """The newest numbers; cheap, never blocks."""
+        return self._stats
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no request can be taken now; None if the step loop runs."""
+        return self._streams.trouble
+
+    def submit(self, request: Request) -> RequestStream:
+        """Admit a request or refuse it at once; see `EngineClient`. Call it from a running event loop."""
+        return self._streams.admit(request)

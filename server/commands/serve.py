@@ -12,15 +12,20 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import typer
 import uvicorn
 from rich.console import Console
 
 from ram_core.engine.config import EngineConfig
+from ram_core.engine.worker import LOG_FORMAT
 from server.app import create_app
 from server.serving import Loaded, Serving
-from server.settings import Settings, SettingsError
+from server.settings import EngineMode, Settings, SettingsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _LAST_WORDS_S = 5.0
 """After the grace, streams have so long to tell their clients of the end before they are cut."""
@@ -65,7 +70,7 @@ def run(settings: Settings) -> None:
         CheckpointError: a model cannot be served.
     """
     config = settings.engine_config()
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with bind(settings.host, settings.port) as listener, _signals_end_serving():
         is_loaded = asyncio.run(_serve(settings, config, listener))
@@ -118,7 +123,7 @@ async def _serve(settings: Settings, config: EngineConfig, listener: socket.sock
     )
     server = GracefulServer(uvicorn_config, serving)
     answering = asyncio.create_task(server.serve(sockets=[listener]))
-    loading = _load_in_thread(config)
+    loading = _load_in_thread(config, settings.engine)
     await asyncio.wait((answering, loading), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         await answering
@@ -134,7 +139,7 @@ async def _serve(settings: Settings, config: EngineConfig, listener: socket.sock
     return True
 
 
-def _load_in_thread(config: EngineConfig) -> asyncio.Future[Loaded]:
+def _load_in_thread(config: EngineConfig, mode: EngineMode) -> asyncio.Future[Loaded]:
     """Load off the event loop, in a thread that does not keep the process alive."""
     loop = asyncio.get_running_loop()
     loading: asyncio.Future[Loaded] = loop.create_future()
@@ -147,7 +152,7 @@ def _load_in_thread(config: EngineConfig) -> asyncio.Future[Loaded]:
 
     def work() -> None:
         try:
-            loop.call_soon_threadsafe(tell, load(config), None)
+            loop.call_soon_threadsafe(tell, load(config, mode), None)
         except Exception as error:
             loop.call_soon_threadsafe(tell, None, error)
 
@@ -155,17 +160,44 @@ def _load_in_thread(config: EngineConfig) -> asyncio.Future[Loaded]:
     return loading
 
 
-def load(config: EngineConfig) -> Loaded:
+def load(config: EngineConfig, mode: EngineMode = "process") -> Loaded:
     """The engine, running, and its tokenizer; tells on stderr where it is."""
+    return (_load_process if mode == "process" else _load_thread)(config)
+
+
+def _load_process(config: EngineConfig) -> Loaded:
+    """An engine in a process of its own, which loads while the tokenizer is read here."""
+    from ram_core.engine.supervisor import SupervisedEngine
+
+    engine = SupervisedEngine(config, _print_progress)
+    engine.begin()
+    try:
+        tokenizer = _load_tokenizer(config)
+        engine.wait_loaded()
+    except BaseException:
+        engine.end()
+        raise
+    return Loaded(engine, tokenizer)
+
+
+def _load_thread(config: EngineConfig) -> Loaded:
+    from ram_core.engine.thread import EngineThread
+
+    tokenizer = _load_tokenizer(config)
+    return Loaded(EngineThread.start(config, _print_progress), tokenizer)
+
+
+def _load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase:
     from transformers.utils import logging as transformers_logging
 
-    from ram_core.engine.thread import EngineThread
     from ram_core.models.vocabulary import load_tokenizer
 
     transformers_logging.disable_progress_bar()
-    tokenizer = load_tokenizer(config.proposal, trust_remote_code=config.trust_remote_code)
-    engine = EngineThread.start(config, lambda line: typer.echo(line, err=True))
-    return Loaded(engine, tokenizer)
+    return load_tokenizer(config.proposal, trust_remote_code=config.trust_remote_code)
+
+
+def _print_progress(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _print_banner(settings: Settings, serving: Serving, listener: socket.socket) -> None:

@@ -12,16 +12,19 @@ router = APIRouter(tags=["health"])
 
 
 @router.get("/health/live")
-async def live() -> Response:
-    """200 as long as the process answers; says nothing of the engine."""
-    return JSONResponse({"status": "alive"})
+async def live(request: Request) -> Response:
+    """200 as long as the process answers; 503 and the reason if its engine is stuck."""
+    return _tell("alive", serving_of(request).why_not_alive())
 
 
 @router.get("/health")
 @router.get("/health/ready")
 async def ready(request: Request) -> Response:
     """200 if the model is loaded and the step loop makes progress, else 503 and the reason."""
-    reason = serving_of(request).why_not_ready()
+    return _tell("ready", serving_of(request).why_not_ready())
+
+
+def _tell(status: str, reason: str | None) -> Response:
     if reason is None:
-        return JSONResponse({"status": "ready"})
-    return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
+        return JSONResponse({"status": status})
+    return JSONResponse({"status": f"not {status}", "reason": reason}, status_code=503)

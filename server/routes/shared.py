@@ -68,7 +68,6 @@ async def answer(
     ]
     meter = Meter(serving.metrics, _aligner_label(ask), http.state.arrived_s)
     loaded = serving.loaded
-    serving.note_work()
     generation = Generation(loaded.engine, loaded.tokenizer, requests, meter)
     try:
         if ask.is_stream:

@@ -73,8 +73,15 @@ SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("server/metrics.py", "if not math.isnan(value):", "if True:", _METRICS),
     ("server/metrics.py", "len(self._field_names) >= MAX_FIELD_NAMES or", "", _BAD_INPUT),
     ("server/metrics.py", 'labels["reason"] != "error"', "True", _METRICS),
-    ("server/serving.py", "if not stats.num_running + stats.num_waiting:", "if False:", _METRICS),
-    ("server/serving.py", "        if not engine.is_alive:", "        if False:", _METRICS),
+    ("server/serving.py", "if silent_s > self.settings.stall_s:", "if False:", _METRICS),
+    (
+        "server/serving.py",
+        "self._loaded.engine.trouble or self.why_not_alive()",
+        "self.why_not_alive()",
+        _METRICS,
+    ),
+    ("server/serving.py", " or self._loaded.engine.trouble is not None:", ":", _METRICS),
+    ("server/routes/health.py", "serving_of(request).why_not_alive()", "None", _METRICS),
     (
         "server/routes/shared.py",
         "return terms[0].aligner if len(terms) == 1 else SEVERAL",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import queue
 import threading
 import time
@@ -116,7 +117,7 @@ class ScriptedStream:
             if isinstance(item, Gate):
                 await item.pass_through()
                 continue
-            if self._engine.is_dead:
+            if self._engine.trouble is not None:
                 yield FailedEvent(self._request.request_id, 0, EngineUnavailable("The engine was closed."))
                 return
             await asyncio.sleep(0)
@@ -148,16 +149,13 @@ class ScriptedEngine:
     def reset(self, script: Script = greet) -> None:
         """Forget what was said and done."""
         self.script = script
-        self.stats = EngineStats(num_pages=10)
-        self.is_dead = False
+        self.stats = EngineStats(num_pages=10, last_progress_s=math.inf)
+        self.num_restarts = 0
+        self.trouble: str | None = None
         self.refusal: RamError | None = None
         self.requests: list[Request] = []
         self.cancelled: queue.Queue[tuple[str, int]] = queue.Queue()
         self.left: queue.Queue[str] = queue.Queue()
-
-    @property
-    def is_alive(self) -> bool:
-        return not self.is_dead
 
     def submit(self, request: Request) -> ScriptedStream:
         if self.refusal is not None:
@@ -166,7 +164,7 @@ class ScriptedEngine:
         return ScriptedStream(self, request)
 
     async def close(self) -> None:
-        self.is_dead = True
+        self.trouble = "the engine was closed"
 
     @property
     def last(self) -> Request:

@@ -38,7 +38,7 @@ def ram(*words: str, stdin: str = "") -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return save_pair(tmp_path_factory.mktemp("pair"))
+    return save_pair(tmp_path_factory.mktemp("pair"), max_position_embeddings=4096)
 
 
 def test_help_is_quick_to_load():
@@ -160,7 +160,7 @@ def test_a_signal_lets_running_streams_end_and_exits_cleanly(pair):
 
 def test_when_the_grace_is_over_streams_are_told_and_the_process_ends(pair):
     process, url = serve(str(pair[0]), "--shutdown-grace-s", "0", "--drain-s", "0.2")
-    body = {"prompt": "Hi", "n": 8, "max_tokens": 250, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Hi", "n": 8, "max_tokens": 4000, "ignore_eos": True, "stream": True}
     try:
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
@@ -225,7 +225,7 @@ def test_health_is_answered_while_the_model_is_loaded(pair, monkeypatch):
 
     is_asked, answers = threading.Event(), []
 
-    def load_slowly(config):
+    def load_slowly(config, mode):
         is_asked.wait(PATIENCE_S)
         raise NonFiniteLogits("enough")
 

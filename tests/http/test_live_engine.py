@@ -37,7 +37,7 @@ def server(tmp_path_factory):
     engine = EngineThread.start(config)
     with live(engine, load_tokenizer(str(proposal))) as running:
         yield running
-    assert not engine.is_alive
+    assert engine.trouble == "the engine was closed"
     torch.set_num_threads(num_threads)
 
 
@@ -223,7 +223,7 @@ def test_a_crowd_of_which_half_hangs_up_leaves_nothing_behind(server):
     assert statuses <= {200, 429}
     assert 200 in statuses
     assert is_idle(server)
-    assert server.engine._num_open == 0
+    assert server.engine._streams.num_open == 0
 
 
 def test_after_a_hang_up_everybody_sees_an_idle_engine(client, server):

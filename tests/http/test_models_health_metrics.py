@@ -46,29 +46,28 @@ def test_the_schema_tells_what_a_request_may_hold(client, path, field):
     assert "kl_threshold" in json.dumps(body["properties"]["alignment"])
 
 
-def test_health_is_that_of_the_step_loop(client, engine, server):
-    for path in ("/health", "/health/ready"):
-        assert client.get(path).json() == {"status": "ready"}
-    now_s = time.monotonic()
-    engine.stats = EngineStats(num_running=1, last_progress_s=now_s)
-    assert client.get("/health/ready").status_code == 200
-    server.app.state.serving._idle_until_s = now_s - 1000
-    engine.stats = EngineStats(num_running=1, last_progress_s=now_s - 500)
-    answer = client.get("/health/ready")
-    assert answer.status_code == 503
-    assert "no progress for 500 s" in answer.json()["reason"]
-    engine.stats = EngineStats(num_running=0, last_progress_s=now_s - 500)
-    assert client.get("/health/ready").status_code == 200
-    engine.is_dead = True
-    assert client.get("/health/ready").status_code == 503
-    assert client.get("/health/live").status_code == 200
+PROBES = ("/health", "/health/ready", "/health/live")
 
 
-def test_an_engine_that_was_idle_for_long_is_not_stuck_when_work_comes(client, engine, server):
-    server.app.state.serving._idle_until_s = time.monotonic() - 1000
-    client.post(CHAT, json=chat())
-    engine.stats = EngineStats(num_waiting=1, last_progress_s=time.monotonic() - 1000)
-    assert client.get("/health/ready").status_code == 200
+def test_health_is_that_of_the_step_loop(client, engine):
+    assert [client.get(path).json()["status"] for path in PROBES] == ["ready", "ready", "alive"]
+    engine.stats = EngineStats(num_running=1, last_progress_s=time.monotonic() - 50)
+    assert [client.get(path).status_code for path in PROBES] == [200] * 3
+
+
+def test_an_engine_that_is_stuck_is_neither_ready_nor_alive(client, engine):
+    engine.stats = EngineStats(num_running=1, last_progress_s=time.monotonic() - 500)
+    for path in PROBES:
+        answer = client.get(path)
+        assert answer.status_code == 503
+        assert answer.json()["reason"] == "the engine made no progress for 500 s"
+
+
+def test_an_engine_that_is_restarted_is_alive_but_not_ready(client, engine):
+    engine.stats = EngineStats(last_progress_s=time.monotonic() - 500)
+    engine.trouble = "the engine is being restarted"
+    assert [client.get(path).status_code for path in PROBES] == [503, 503, 200]
+    assert client.get("/health").json()["reason"] == "the engine is being restarted"
 
 
 def test_draining_is_not_ready(client, server):
@@ -176,6 +175,23 @@ def test_the_engines_figures_are_those_of_now(client, engine):
     assert samples[f"vllm:num_requests_running{model}"] == 3
     assert samples[f"vllm:num_requests_waiting{model}"] == 2
     assert samples[f"vllm:kv_cache_usage_perc{model}"] == 0.25
+
+
+def test_what_the_engine_counts_has_vllms_names_too(client, engine):
+    engine.stats = EngineStats(
+        num_preemptions=3, num_prompt_tokens=100, num_cached_tokens=64, num_out_of_memory=2, num_failed=1
+    )
+    engine.num_restarts = 4
+    samples = metrics_of(client)
+    model = '{model_name="big"}'
+    assert samples["ram_preemptions_total"] == samples[f"vllm:num_preemptions_total{model}"] == 3
+    assert samples["ram_prefix_cache_queries_total"] == 100
+    assert samples[f"vllm:prefix_cache_queries_total{model}"] == 100
+    assert samples["ram_prefix_cache_hits_total"] == 64
+    assert samples[f"vllm:prefix_cache_hits_total{model}"] == 64
+    assert samples["ram_out_of_memory_total"] == 2
+    assert samples["ram_non_finite_logits_total"] == 1
+    assert samples["ram_engine_restarts_total"] == 4
 
 
 def test_resident_aligners_are_one_sample(client):

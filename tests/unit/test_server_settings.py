@@ -110,6 +110,9 @@ def test_every_engine_knob_can_be_set(tmp_path):
         "max_batch": 5,
         "max_step_tokens": 55,
         "max_queue": 3,
+        "prefix_cache": False,
+        "is_overlapping": True,
+        "has_static_shapes": True,
         "trust_remote_code": True,
     }
     config = load_settings(proposal=str(tmp_path), **values).engine_config()

@@ -176,7 +176,7 @@ def test_what_was_under_way_when_a_choice_was_cancelled_is_dropped(run: Callable
             events.deliver(TokenEvent("a", 0, 7, -1.0, finish_reason="length"))
             assert events.num_open == 1
             told = [event async for event in events]
-        assert engine._num_open == 0
+        assert engine._streams.num_open == 0
         assert {e.index for e in told if isinstance(e, TokenEvent)} == {1}
 
     run(test)
@@ -235,7 +235,7 @@ def test_a_dying_step_loop_fails_what_runs_and_refuses_what_comes(
         failed = [event async for event in events if isinstance(event, FailedEvent)]
         assert sorted(event.index for event in failed) == [0, 1]
         assert all(isinstance(event.error, EngineUnavailable) for event in failed)
-        assert not engine.is_alive
+        assert engine.trouble == "the engine has died"
         with pytest.raises(EngineUnavailable, match="has died"):
             engine.submit(Request("b", PROMPT, SHORT))
         await engine.close()

@@ -1,0 +1,116 @@
+"""The engine's process: orders in, news out, and nothing else. Started by `ram_core.engine.process`."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import zmq
+
+from ram_core.engine.client import HEARTBEAT_S
+from ram_core.engine.wire import (
+    Load,
+    Loading,
+    News,
+    Order,
+    Ready,
+    Refused,
+    Report,
+    Stop,
+    decode_order,
+    encode,
+)
+from ram_core.errors import RamError
+
+if TYPE_CHECKING:
+    from ram_core.engine.engine import Engine
+
+LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+_SET_PARENT_DEATH_SIGNAL = 1
+_LAST_WORDS_MS = 1000
+
+logger = logging.getLogger("ram_core.engine.worker")
+
+
+class Line:
+    """Both directions of the talk with the parent."""
+
+    def __init__(self, orders_at: str, news_at: str) -> None:
+        context = zmq.Context()
+        self._orders = context.socket(zmq.PULL)
+        self._news = context.socket(zmq.PUSH)
+        for socket in (self._orders, self._news):
+            # Nothing may be lost, nor a step wait for a parent that is busy.
+            socket.set_hwm(0)
+            socket.linger = _LAST_WORDS_MS
+        self._orders.bind(orders_at)
+        self._news.connect(news_at)
+
+    def tell(self, news: News) -> None:
+        """Hand on news; never waits."""
+        self._news.send(encode(news))
+
+    def wait(self) -> Order:
+        """The next order, however long it takes."""
+        return decode_order(self._orders.recv())
+
+    def take(self, wait_s: float) -> Iterator[Order]:
+        """All orders that are there; waits for a first one at most `wait_s`."""
+        is_there = self._orders.poll(round(wait_s * 1000))
+        while is_there:
+            yield decode_order(self._orders.recv())
+            is_there = self._orders.poll(0)
+
+
+def main(orders_at: str, news_at: str, parent_pid: str) -> None:
+    """Load what the parent orders, then step until it says to stop; exit code 1 if that fails."""
+    _die_with(int(parent_pid))
+    line = Line(orders_at, news_at)
+    load = line.wait()
+    assert isinstance(load, Load), "the first order is what to load"
+    logging.basicConfig(level=load.log_level, format=LOG_FORMAT)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        engine = _load(load, line)
+    except RamError as error:
+        line.tell(Refused(error))
+        sys.exit(1)
+    line.tell(Ready(engine.limits))
+    try:
+        run(engine, line)
+    except Exception:
+        logger.exception("the engine's step loop died")
+        sys.exit(1)
+
+
+def _die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process, even a stopped one, whenever and however its parent ends."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        sys.exit("ram: the server ended before its engine began")
+
+
+def _load(load: Load, line: Line) -> Engine:
+    from transformers.utils import logging as transformers_logging
+
+    from ram_core.engine.engine import Engine
+
+    transformers_logging.disable_progress_bar()
+    return Engine.load(load.config, lambda words: line.tell(Loading(words)))
+
+
+def run(engine: Engine, line: Line) -> None:
+    """The step loop: one piece of news a step, and while idle a sign of life now and then."""
+    while True:
+        for order in line.take(0 if engine.has_work else HEARTBEAT_S):
+            if isinstance(order, Stop):
+                return
+            assert not isinstance(order, Load), "an engine loads once"
+            engine.handle(order)
+        events = engine.step() if engine.has_work else ()
+        line.tell(Report(tuple(events), engine.stats))
