@@ -12,29 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ram_core.resampling.draws import Draws
 from ram_core.resampling.logits import Aligner, AlignerLogits, combine_aligners, log_probs
 from ram_core.resampling.modes import draw_from, score_candidates, score_nucleus, score_product
 from ram_core.resampling.noise import Purpose, uniform_noise
 from ram_core.resampling.nucleus import log_mask, masked, truncate
 from ram_core.resampling.params import MIN_TEMPERATURE, Mode, StepFeatures, StepParams
 from ram_core.resampling.telemetry import Telemetry, effective_sample_size, kl_divergence
-
-
-@dataclass(frozen=True, slots=True)
-class Draws:
-    """What a step yields, one entry a row.
-
-    `log_prob` and the `top_*` (most probable first) are of the law that was really sampled; for a greedy
-    row, of the law at temperature 1. They are NaN where the law has no closed form (`candidates`).
-    A row with `is_bad` had non-finite logits, or a bias that left it no token: its token means nothing.
-    """
-
-    token: Int64[Tensor, " batch"]
-    log_prob: Float[Tensor, " batch"]
-    top_token: Int64[Tensor, "batch top"]
-    top_log_prob: Float[Tensor, "batch top"]
-    telemetry: Telemetry
-    is_bad: Bool[Tensor, " batch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +30,7 @@ class _Scores:
     telemetry: Telemetry
 
 
-def draw_tokens(
+def draw_with_tensors(
     proposal_logits: Float[Tensor, "batch padded_vocab"],
     aligner_logits: list[AlignerLogits],
     params: StepParams,
@@ -57,18 +41,7 @@ def draw_tokens(
     allowed: Bool[Tensor, "batch vocab"] | None = None,
     bias: Float[Tensor, "batch vocab"] | None = None,
 ) -> Draws:
-    """Draw every row's next token.
-
-    Args:
-        proposal_logits: the proposal's raw logits, any float dtype, padding rows of the embedding included.
-        aligner_logits: each aligner's raw logits for the rows that it takes part in.
-        params: what each row asked for.
-        features: which parts of the step any row needs.
-        vocab_size: size of the shared vocabulary; ids beyond it are never drawn.
-        eos_ids: tokens that end a text, for end-of-text priority.
-        allowed: a grammar's mask, put on both models before anything else.
-        bias: penalties and logit bias, added to the aligned scores.
-    """
+    """`draw_tokens` in tensor operations: on any device, for anything that may be asked for."""
     proposal = log_probs(proposal_logits, vocab_size, allowed)
     log_p, is_bad = proposal.log_p, proposal.is_bad
     if features.is_aligned and aligner_logits:

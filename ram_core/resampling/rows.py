@@ -1,0 +1,137 @@
+"""One row's step in compiled code: propose, align, reduce; see `kernel` for how."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+
+from ram_core.resampling import kernel
+from ram_core.resampling.compiled import F32, I64, Asked, Logits, Room, Told, entry, inner
+from ram_core.resampling.kernel import (
+    draw,
+    drop,
+    find_top,
+    first_top,
+    gain,
+    leave_only,
+    list_top,
+    sample_size,
+    score,
+    spread,
+    temper,
+    token_noise,
+    truncate,
+)
+from ram_core.resampling.params import MIN_TEMPERATURE, Mode
+
+_plain = inner("contract")
+_PROPOSAL, _PRODUCT = int(Mode.PROPOSAL), int(Mode.PRODUCT)
+_MIN_TEMPERATURE = np.float32(MIN_TEMPERATURE)
+
+
+@_plain
+def _align(logits: Logits, asked: Asked, told: Told, room: Room, row: int, sum_x: float, size: int) -> bool:
+    """Score the nucleus, tell what the aligner did; whether its scores stand in the buffers."""
+    x, y, e_x, e_y, s, e_s = room.x, room.y, room.e_x, room.e_y, room.s, room.e_s
+    own = logits.aligner[logits.aligner_row[row]][:size]
+    top, is_bad = find_top(own)
+    told.is_bad[row] = is_bad
+    if is_bad or asked.mode[row] == _PROPOSAL:
+        return False
+    sum_y = spread(own, top, y, e_y)
+    kl_p_q = max(gain(e_x, x, y) / sum_x - math.log(sum_x) + math.log(sum_y), 0.0)
+    mass = e_x
+    if asked.proposal_temperature[row] != 1:
+        temper(x, max(asked.proposal_temperature[row], _MIN_TEMPERATURE), s, e_s)
+        mass = e_s
+    cut = truncate(mass, size, asked.proposal_top_k[row], asked.proposal_top_p[row], np.float32(0), room)
+    share = np.float32(asked.mode[row] == _PRODUCT)
+    top_s, in_x, in_y = score(room, mass, cut, logits.strength[row], share)
+    told.kl_p_q[row] = kl_p_q
+    told.aligner_mass[row] = min(in_y / sum_y, 1.0)
+    is_empty = top_s == -np.inf
+    told.is_fallback[row] = is_empty or told.kl_p_q[row] > asked.kl_threshold[row]
+    if is_empty:
+        return False
+    sum_s = spread(s, top_s, s, e_s)
+    told.ess[row] = sample_size(e_x, e_s, share, in_x)
+    if told.is_fallback[row]:
+        return False
+    told.kl_pi_p[row] = max(gain(e_s, s, x) / sum_s - math.log(sum_s) + math.log(sum_x), 0.0)
+    return True
+
+
+@_plain
+def _reduce(x: F32, e: F32, asked: Asked, told: Told, room: Room, row: int, size: int) -> None:
+    """Truncate the law of scores `x` and masses `e`, draw from it, and tell its log-probabilities."""
+    cut = truncate(e, size, asked.top_k[row], asked.top_p[row], asked.min_p[row], room)
+    if cut[0] > 0 or cut[1] < size:
+        drop(e, x, cut)
+    token, log_sum = draw(e, token_noise(asked.seed[row], asked.position[row]), room.sums)
+    if asked.temperature[row] < _MIN_TEMPERATURE:
+        # Of what truncation left: two scores may differ by too little for it to tell them apart.
+        token = first_top(x, size)
+    told.token[row] = token
+    told.log_prob[row] = x[token] - log_sum
+    if told.top_token.shape[1]:
+        values = told.top_log_prob[row]
+        list_top(x, size, values, told.top_token[row])
+        for i in range(len(values)):
+            values[i] -= log_sum
+
+
+@_plain
+def _draw_row(
+    logits: Logits, asked: Asked, told: Told, room: Room, row: int, eos_ids: I64, size: int
+) -> None:
+    """One row's step; a bad row is told and has no law."""
+    own, is_aligned = logits.proposal[row][:size], logits.aligner_row[row] >= 0
+    top, told.is_bad[row] = find_top(own)
+    if told.is_bad[row]:
+        return
+    x, e_x, s, e_s = room.x, room.e_x, room.s, room.e_s
+    sum_x = spread(own, top, x, e_x)
+    if is_aligned and _align(logits, asked, told, room, row, sum_x, size):
+        x, e_x = s, e_s
+    if told.is_bad[row]:
+        return
+    if asked.has_eos_priority[row]:
+        proposed = first_top(own, size)
+        for eos_id in eos_ids:
+            if eos_id == proposed:
+                leave_only(x, e_x, proposed)
+    temperature = asked.temperature[row]
+    if temperature != 1 and temperature >= _MIN_TEMPERATURE:
+        temper(x, temperature, s, e_s)
+        x, e_x = s, e_s
+    _reduce(x, e_x, asked, told, room, row, size)
+
+
+def _compile(made_of: int) -> Any:
+    """numba's cache on disk looks at one file; what else the code is made of becomes part of its key."""
+
+    @entry
+    def draw_rows(
+        logits: Logits,
+        asked: Asked,
+        told: Told,
+        room: Room,
+        rows: I64,
+        eos_ids: I64,
+        size: int,
+        first: int,
+        stride: int,
+    ) -> None:
+        """Draw every `stride`th of `rows`, from the `first` on; `told` holds zeros before."""
+        assert made_of >= 0
+        for i in range(first, len(rows), stride):
+            _draw_row(logits, asked, told, room, rows[i], eos_ids, size)
+
+    return draw_rows
+
+
+draw_rows = _compile(crc32(Path(kernel.__file__).read_bytes()))
