@@ -14,7 +14,7 @@ _TIMES = [
     ("TTFT", "ttft_s", ("mean", "p50", "p99")),
     ("ITL", "itl_s", ("mean", "p50", "p99")),
     ("TPOT", "tpot_s", ("mean", "p50", "p99")),
-    ("End to end", "e2e_s", ("mean", "p50", "p99")),
+    ("E2E", "e2e_s", ("mean", "p50", "p99")),
 ]
 _COUNTS = [
     ("Requests answered", "num_ok"),

@@ -30,6 +30,8 @@ from server.bench.summary import (
 FORMAT = "ram-bench-1"
 BUSY_CLIENT_SHARE = 0.7
 LATE_LAG_S = 0.01
+LATE_LAG_SHARE = 0.05
+"""Of the mean time between requests."""
 SHORT_ANSWER_SHARE = 0.95
 
 
@@ -116,6 +118,10 @@ def _environment() -> dict[str, Any]:
     }
 
 
+def _tolerated_lag_s(schedule: Schedule) -> float:
+    return max(LATE_LAG_S, LATE_LAG_SHARE / schedule.asked_per_s)
+
+
 def _remarks(run: Run, summary: Summary, schedule: Schedule | None) -> list[str]:
     """What a reader must know before trusting the figures."""
     remarks = []
@@ -123,7 +129,7 @@ def _remarks(run: Run, summary: Summary, schedule: Schedule | None) -> list[str]
         remarks.append(
             f"The client itself was busy for {run.cpu_s / run.wall_s:.0%} of the time: it may be the limit."
         )
-    if schedule and schedule.lag_s and schedule.lag_s.p99 > LATE_LAG_S:
+    if schedule and schedule.lag_s and schedule.lag_s.p99 > _tolerated_lag_s(schedule):
         remarks.append(
             f"Requests left up to {schedule.lag_s.max * 1000:.0f} ms late: the load was not quite as asked."
         )
