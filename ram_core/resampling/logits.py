@@ -20,7 +20,10 @@ class LogProbs:
 
 @dataclass(frozen=True, slots=True)
 class AlignerLogits:
-    """One aligner's raw logits for the batch rows `rows` (ascending), and the `strength` it has in each."""
+    """One aligner's raw logits for the batch rows `rows`, and the `strength` it has in each.
+
+    Row numbers ascend; those that equal the batch's number of rows are padding, which is ignored.
+    """
 
     rows: Int64[Tensor, " rows"]
     logits: Float[Tensor, "rows padded_vocab"]
@@ -82,9 +85,10 @@ def combine_aligners(
     token, `log_q` is -inf throughout.
     """
     device = terms[0].logits.device
-    log_q = torch.zeros(num_rows, vocab_size, device=device)
-    is_bad = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    strength = torch.zeros(num_rows, device=device)
+    # One more row, where padding goes.
+    log_q = torch.zeros(num_rows + 1, vocab_size, device=device)
+    is_bad = torch.zeros(num_rows + 1, dtype=torch.bool, device=device)
+    strength = torch.zeros(num_rows + 1, device=device)
     for term in terms:
         strength.index_add_(0, term.rows, term.strength.abs())
     shares = _shares(terms, strength) if has_mixtures else None
@@ -94,12 +98,10 @@ def combine_aligners(
         own = log_probs(term.logits, vocab_size)
         is_bad[term.rows] |= own.is_bad
         powered = own.log_p if shares is None else _power(own.log_p, shares[index])
-        if len(terms) == 1 and len(term.rows) == num_rows:
-            log_q = powered
-        else:
-            log_q.index_add_(0, term.rows, powered)
+        log_q.index_add_(0, term.rows, powered)
         if shares is not None:
             is_loose[term.rows] |= shares[index] != 1
+    log_q, strength, is_bad, is_loose = log_q[:-1], strength[:-1], is_bad[:-1], is_loose[:-1]
     if allowed is not None:
         log_q = log_q.masked_fill(~allowed, -torch.inf)
         is_loose |= ~allowed.all(-1)

@@ -107,6 +107,7 @@ def keep_min_p(
 def truncate(
     log_p: Float[Tensor, "batch vocab"],
     *,
+    p: Float[Tensor, "batch vocab"] | None = None,
     top_k: Int64[Tensor, " batch"] | None = None,
     top_p: Float[Tensor, " batch"] | None = None,
     min_p: Float[Tensor, " batch"] | None = None,
@@ -114,9 +115,10 @@ def truncate(
     """What is left of each row after `top_k`, then `top_p` of what that left, then `min_p`.
 
     `log_p` need not be normalised: each cut acts on the renormalised result of the one before, as every
-    OpenAI-compatible server has it. A knob of None is off for all rows and costs nothing.
+    OpenAI-compatible server has it. A knob of None is off for all rows and costs nothing. `p` is the softmax
+    of `log_p`, from a caller who has it.
     """
-    p = log_p.softmax(-1)
+    p = log_p.softmax(-1) if p is None else p
     # Not `p > 0`: what float32 cannot hold may still matter once an aligner has weighed it.
     keep = log_p > -torch.inf
     if top_k is not None:

@@ -94,7 +94,7 @@ def _align(
     """Score the nucleus by each row's mode; gate; tell what was done."""
     is_aligned = params.mode != Mode.PROPOSAL
     p = log_p.softmax(-1)
-    nucleus = _cut_nucleus(log_p, params, features)
+    nucleus = _cut_nucleus(log_p, p, params, features)
     log_nucleus = log_mask(nucleus)
     # Strength 0 is the proposal even where q is 0: 0 · -inf is no NaN here.
     log_weight = (aligner.strength[:, None] * aligner.log_q).nan_to_num_(0.0, torch.inf, -torch.inf)
@@ -128,13 +128,18 @@ def _align(
 
 
 def _cut_nucleus(
-    log_p: Float[Tensor, "batch vocab"], params: StepParams, features: StepFeatures
+    log_p: Float[Tensor, "batch vocab"],
+    p: Float[Tensor, "batch vocab"],
+    params: StepParams,
+    features: StepFeatures,
 ) -> Bool[Tensor, "batch vocab"]:
     """The tokens that the proposal offers."""
     if features.has_proposal_temperature:
         log_p = log_p / params.proposal_temperature.clamp(min=MIN_TEMPERATURE)[:, None]
+        p = log_p.softmax(-1)
     return truncate(
         log_p,
+        p=p,
         top_k=params.proposal_top_k if features.has_proposal_top_k else None,
         top_p=params.proposal_top_p if features.has_proposal_top_p else None,
     )

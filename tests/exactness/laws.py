@@ -1,7 +1,8 @@
 """Slow twins of the resampling step: a row at a time, in float64 and pure Python, by sorting, by enumeration.
 
 Nothing here is shared with the code under test but the callers' parameters, so that both must be wrong in
-the same way for a test to pass wrongly. `draw` runs the fast path on the same rows.
+the same way for a test to pass wrongly. `draw` runs the fast path on the same rows; modules whose tests use
+the fixture `way` run it both in compiled code and in tensor operations.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from dataclasses import dataclass, replace
 from itertools import combinations_with_replacement
 
 import numpy as np
+import pytest
 import torch
 
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
 from ram_core.resampling import AlignerLogits, Draws, StepFeatures, StepParams, draw_tokens
+from ram_core.resampling.step import draw_with_tensors
 
 # Small tensors on a busy machine: threads that wait for each other cost more than they save.
 torch.set_num_threads(1)
 
+WAYS = {"compiled": draw_tokens, "tensors": draw_with_tensors}
 TOKEN, CANDIDATES = 1, 2
 EOS_ID = 1
 GREEDY_BELOW = 1e-5
@@ -367,6 +371,13 @@ def draw(
         allowed=_stack([row.allowed for row in rows], np.ones(vocab_size, dtype=bool)),
         bias=_stack([row.bias for row in rows], np.zeros(vocab_size, dtype=np.float32)),
     )
+
+
+@pytest.fixture(params=list(WAYS))
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Let `draw` go one way, then the other."""
+    monkeypatch.setitem(globals(), "draw_tokens", WAYS[request.param])
+    return request.param
 
 
 def _stack(given: Sequence[np.ndarray | None], default: np.ndarray) -> torch.Tensor | None:

@@ -12,7 +12,9 @@ from ram_core.params import AlignmentParams, Resampling, SamplingParams
 from ram_core.resampling import StepFeatures
 from ram_core.resampling.nucleus import keep_top_k, keep_top_p
 from tests.exactness import laws
-from tests.exactness.laws import Row, random_rows
+from tests.exactness.laws import Row, random_rows, way  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("way")
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 7, 40])

@@ -15,8 +15,9 @@ from ram_core.params import AlignmentParams, Resampling, SamplingParams
 from ram_core.resampling import Draws
 from ram_core.resampling.telemetry import kl_divergence
 from tests.exactness import laws
-from tests.exactness.laws import Row, random_rows
+from tests.exactness.laws import Row, random_rows, way  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("way")
 VOCAB_SIZE = 40
 
 

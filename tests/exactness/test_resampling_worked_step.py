@@ -8,6 +8,9 @@ import torch
 
 from ram_core.params import AlignmentParams, Resampling, SamplingParams
 from tests.exactness import laws
+from tests.exactness.laws import way  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("way")
 
 P = np.array([0.5, 0.3, 0.15, 0.05])
 Q = np.array([0.10, 0.60, 0.25, 0.05])
