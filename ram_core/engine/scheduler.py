@@ -295,7 +295,6 @@ class Scheduler:
         for lane in sequence.lanes:
             self.books[lane.pool].give_back(lane.pages)
             lane.pages = []
-            lane.num_computed = lane.num_named = 0
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
         sequence.stay += 1

@@ -14,7 +14,7 @@ class Lane:
     """A sequence's KV in one model: `pages` of pool `pool`, in order.
 
     The first `num_computed` tokens are in them, or will be when the steps under way are done; the first
-    `num_named` pages can be found by other sequences.
+    `num_named` pages can be found by other sequences. Both mean nothing while the sequence waits.
     """
 
     model: str

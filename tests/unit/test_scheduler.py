@@ -94,6 +94,18 @@ def test_nobody_is_admitted_to_a_step_that_has_no_token_left() -> None:
     assert shape(step(scheduler)) == [("long", 8, 1, True), ("next", 0, 2, True)]
 
 
+def test_nobody_is_admitted_while_running_prompts_want_all_that_writers_leave() -> None:
+    scheduler = make_scheduler(max_step_tokens=8)
+    for name in "ab":
+        scheduler.add(make_sequence(name, 1))
+    step(scheduler)
+    scheduler.add(make_sequence("long", 14))
+    step(scheduler)
+    scheduler.add(make_sequence("next", 2))
+    assert not step(scheduler).started
+    assert [s.request.request_id for s in step(scheduler).started] == ["next"]
+
+
 def test_the_waiting_are_found_too_and_each_choice_by_its_index() -> None:
     scheduler = make_scheduler(num_slots=1)
     choices = [make_sequence("a", 2) for _ in range(3)]
