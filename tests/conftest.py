@@ -10,7 +10,7 @@ import torch
 # Tiny tensors: threads cost more than they bring, ruinously so on a busy machine.
 torch.set_num_threads(1)
 
-FOLDERS = {"unit", "exactness", "http", "gpu"}
+FOLDERS = {"unit", "exactness", "http", "faults", "gpu"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
