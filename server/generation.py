@@ -125,6 +125,7 @@ class Generation:
         self._meter = meter
         self._choices: list[list[_Choice]] = []
         self._num_open = self.num_choices
+        self.num_cached_tokens = 0
         self._streams: list[EventStream] = []
         self._events: AsyncIterator[tuple[int, Event]]
         self._exits = AsyncExitStack()
@@ -167,6 +168,7 @@ class Generation:
         while self._num_open:
             source, event = await self._next_event()
             if isinstance(event, StartedEvent):
+                self.num_cached_tokens += event.num_cached_tokens
                 self._meter.started(event.queue_s, len(self._requests[source].prompt_ids))
             elif isinstance(event, FailedEvent):
                 self._outcome = "error"

@@ -96,10 +96,7 @@ class ChunkStream(EventSourceResponse):
                     yield _event(chunk)
                 delta = await anext(self._generation, None)
             if self._wants_usage:
-                usage = count_usage(
-                    self._generation.num_prompt_tokens, self._generation.num_completion_tokens
-                )
-                yield _event(self._renderer.usage_chunk(usage))
+                yield _event(self._renderer.usage_chunk(count_usage(self._generation)))
         except Exception as error:
             if not isinstance(error, RamError):
                 logger.exception("A stream failed.")

@@ -123,10 +123,10 @@ class OpenStreams:
                     f"The queue is full: {self._num_open} of {self._capacity} places are taken.",
                     retry_after_s=_RETRY_AFTER_S,
                 )
-            self._num_open += request.num_choices
-            self._streams[request.request_id] = stream
             # Under the lock, so that no request goes to an engine after the end of those that ran on it.
             self._send(request)
+            self._num_open += request.num_choices
+            self._streams[request.request_id] = stream
         return stream
 
     def cancel(self, stream: RequestStream, index: int) -> None:

@@ -157,4 +157,4 @@ class SupervisedEngine(StreamingClient):
 
 def pause_before_restart(num_deaths: int) -> float:
     """Seconds to wait after so many deaths in a row: none after the first, then 1, 2, 4, … up to 30."""
-    return min(2.0 ** (num_deaths - 2), _MAX_PAUSE_S) if num_deaths > 1 else 0.0
+    return min(2.0 ** min(num_deaths - 2, 10), _MAX_PAUSE_S) if num_deaths > 1 else 0.0

@@ -64,6 +64,7 @@ class Ask:
     sampling: SamplingParams
     alignment: AlignmentParams
     num_choices: int
+    cache_salt: str
     is_stream: bool
     wants_usage: bool
     wants_log_probs: bool
@@ -87,6 +88,7 @@ def to_ask(request: ChatRequest | CompletionRequest, names: ModelNames) -> Ask:
         sampling=to_sampling(request),
         alignment=alignment,
         num_choices=1 if request.n is None else request.n,
+        cache_salt=request.cache_salt or "",
         is_stream=is_stream,
         wants_usage=bool(request.stream_options and request.stream_options.include_usage),
         wants_log_probs=request.logprobs is not None and request.logprobs is not False,
@@ -103,7 +105,8 @@ def to_sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     if request.stop_token_ids is not None:
-        given["stop_token_ids"] = tuple(request.stop_token_ids)
+        # Beyond 64 bits no vocabulary has an id, so none of these can be met.
+        given["stop_token_ids"] = tuple(i for i in request.stop_token_ids if -(2**63) <= i < 2**63)
     max_tokens = _max_tokens(request)
     if max_tokens is not None:
         given["max_tokens"] = max_tokens

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from ram_core.engine.detokenizer import token_bytes, token_text
 from ram_core.engine.messages import FinishReason, StepTelemetry, TokenEvent
-from server.generation import Delta, Tally
+from server.generation import Delta, Generation, Tally
 from server.openai.convert import Ask
 from server.openai.schema import (
     AlignedChatChoice,
@@ -74,12 +74,14 @@ class Renderer(Protocol):
         """The plain answer, as JSON."""
 
 
-def count_usage(num_prompt_tokens: int, num_completion_tokens: int) -> CompletionUsage:
+def count_usage(generation: Generation) -> CompletionUsage:
+    """The tokens that a generation has read and drawn so far."""
+    num_prompt_tokens, num_completion_tokens = generation.num_prompt_tokens, generation.num_completion_tokens
     return CompletionUsage(
         prompt_tokens=num_prompt_tokens,
         completion_tokens=num_completion_tokens,
         total_tokens=num_prompt_tokens + num_completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=generation.num_cached_tokens),
         completion_tokens_details=CompletionTokensDetails(reasoning_tokens=0),
     )
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
+MAX_CACHE_SALT = 256
 
 
 class _Wire(BaseModel):
@@ -75,6 +76,7 @@ class GenerationRequest(_Wire):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT)] | None = None
     alignment: Alignment | None = None
 
 

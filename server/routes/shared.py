@@ -63,7 +63,14 @@ async def answer(
     """Have the prompts continued; `prompt_field` is what the wire calls them."""
     serving = serving_of(http)
     requests = [
-        Request(f"{renderer.id}-{number}", prompt_ids, ask.sampling, ask.alignment, ask.num_choices)
+        Request(
+            f"{renderer.id}-{number}",
+            prompt_ids,
+            ask.sampling,
+            ask.alignment,
+            ask.num_choices,
+            cache_salt=ask.cache_salt,
+        )
         for number, prompt_ids in enumerate(prompts)
     ]
     meter = Meter(serving.metrics, _aligner_label(ask), http.state.arrived_s)
@@ -86,8 +93,7 @@ async def _whole(generation: Generation, renderer: Renderer) -> Response:
         transcripts = [Transcript() for _ in range(generation.num_choices)]
         async for delta in generation:
             transcripts[delta.index].add(delta)
-    usage = count_usage(generation.num_prompt_tokens, generation.num_completion_tokens)
-    return Response(renderer.answer(transcripts, usage), media_type="application/json")
+    return Response(renderer.answer(transcripts, count_usage(generation)), media_type="application/json")
 
 
 def _aligner_label(ask: Ask) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from ram_core.engine.messages import StepTelemetry
+from ram_core.engine.messages import StartedEvent, StepTelemetry
 from ram_core.params import AlignerTerm, Resampling
-from tests.http.standin import TOKENIZER, chat, ids_of, say
+from tests.http.standin import TOKENIZER, chat, chunks_of, ids_of, say
 
 NOT_FINITE = StepTelemetry(kl_p_q=math.inf, kl_pi_p=math.nan, ess=0.5, aligner_mass=0.25, is_fallback=True)
 FINITE = StepTelemetry(kl_p_q=1.0, kl_pi_p=2.0, ess=1.0, aligner_mass=0.75, is_fallback=False)
@@ -194,3 +194,26 @@ def test_telemetry_of_the_proposal_alone_is_empty(client):
     assert answer["alignment"]["tokens"] == 0
     assert answer["alignment"]["mean_ess"] is None
     assert answer["choices"][0]["alignment"] == [None] * len(ids_of("Hello, dog!"))
+
+
+def test_a_cache_salt_reaches_the_engine_and_without_one_there_is_none(client, engine):
+    for body, salt in (
+        (chat(cache_salt="mine"), "mine"),
+        (chat(cache_salt="x" * 256), "x" * 256),
+        (chat(), ""),
+    ):
+        ask(client, body)
+        assert engine.last.cache_salt == salt
+
+
+def test_prompt_tokens_found_in_the_cache_are_summed_over_the_prompts(client, engine):
+    def script(request):
+        cached = 3 if request.request_id.endswith("-0") else 4
+        return [StartedEvent(request.request_id, 0.0, cached), *say(request, "dog")]
+
+    engine.script = script
+    answer = ask(client, {"prompt": ["Hi", "Ho"], "max_tokens": 9}, "/v1/completions")
+    assert answer["usage"]["prompt_tokens_details"] == {"cached_tokens": 7}
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    last = chunks_of(client.post("/v1/chat/completions", json=chat(**options)).text)[-1]
+    assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}

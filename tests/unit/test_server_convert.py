@@ -27,7 +27,7 @@ SAMPLING_WORDS: dict[str, tuple[dict[str, Any], Any]] = {
     "seed": ({"seed": -(2**63)}, -(2**63)),
     "max_tokens": ({"max_tokens": 5}, 5),
     "stop": ({"stop": ["a", "b"]}, ("a", "b")),
-    "stop_token_ids": ({"stop_token_ids": [1, 2]}, (1, 2)),
+    "stop_token_ids": ({"stop_token_ids": [1, 2**63, 2, -(10**30)]}, (1, 2)),
     "ignore_eos": ({"ignore_eos": True}, True),
     "num_top_log_probs": ({"logprobs": True, "top_logprobs": 5}, 5),
 }
