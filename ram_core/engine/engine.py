@@ -26,6 +26,7 @@ from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory
 from ram_core.engine.scheduler import ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
 from ram_core.errors import EngineOutOfMemory, NonFiniteLogits
+from ram_core.resampling import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,9 @@ class Engine:
     def load(cls, config: EngineConfig, progress: Progress = lambda _: None) -> Engine:
         """Load what `config` names. Raises `CheckpointError` if any of it cannot be served."""
         keep_freed_memory()
-        return cls(config, load_bank(config, progress))
+        bank = load_bank(config, progress)
+        warm_up(bank.proposal.device)
+        return cls(config, bank)
 
     @property
     def has_work(self) -> bool:
