@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from functools import cache
 
 import numpy as np
 import torch
@@ -21,6 +18,7 @@ from ram_core.resampling.logits import AlignerLogits
 from ram_core.resampling.params import Mode, StepFeatures, StepParams
 from ram_core.resampling.rows import draw_rows
 from ram_core.resampling.telemetry import Telemetry
+from ram_core.resampling.threads import run_parts
 
 
 def covered_rows(
@@ -76,12 +74,13 @@ def draw_compiled(
         aligner_row.numpy(),
         strength.numpy(),
     )
-    asked = Asked(*(getattr(params, name).numpy() for name in Asked._fields))
+    # Contiguous, as other strides would be compiled for anew.
+    asked = Asked(*(getattr(params, name).contiguous().numpy() for name in Asked._fields))
     draws = _blank(num_rows, num_top)
     columns = {f.name: getattr(draws, f.name) for f in fields(Draws) if f.name != "telemetry"}
     columns |= {f.name: getattr(draws.telemetry, f.name) for f in fields(Telemetry)}
     told = Told(**{name: column.numpy() for name, column in columns.items()})
-    _share_out(logits, asked, told, rows.numpy(), eos_ids.numpy(), vocab_size)
+    _share_out(logits, asked, told, rows.numpy(), eos_ids.contiguous().numpy(), vocab_size)
     return draws
 
 
@@ -138,20 +137,12 @@ def _rooms(num_rooms: int, vocab_size: int) -> list[Room]:
     return rooms
 
 
-@cache
-def _helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="resampling")
-
-
 def _share_out(logits: Logits, asked: Asked, told: Told, rows: I64, eos_ids: I64, vocab_size: int) -> None:
-    """Run the rows on as many threads as torch has, this one among them."""
+    """Draw the rows on as many threads as torch has, this one among them."""
     num_threads = max(min(torch.get_num_threads(), len(rows)), 1)
     rooms = _rooms(num_threads, vocab_size)
 
-    def draw_share(first: int) -> None:
-        draw_rows(logits, asked, told, rooms[first], rows, eos_ids, vocab_size, first, num_threads)
+    def draw_share(first: int, stride: int) -> None:
+        draw_rows(logits, asked, told, rooms[first], rows, eos_ids, vocab_size, first, stride)
 
-    others = [_helpers().submit(draw_share, first) for first in range(1, num_threads)]
-    draw_share(0)
-    for other in others:
-        other.result()
+    run_parts(draw_share, num_threads)

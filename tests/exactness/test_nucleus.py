@@ -1,4 +1,4 @@
-"""The nucleus found by digits is the sort's nucleus, token for token.
+"""The nucleus found by digits is the sort's nucleus, token for token, in tensors and in compiled code.
 
 Why they are equal: order a row by probability, most probable first, and lower ids first among equals. The
 fewest tokens whose mass reaches a target are then a prefix of that order, and a prefix is told by the value
@@ -16,7 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
+from ram_core.resampling import kernel
+from ram_core.resampling.compiled import Room
 from ram_core.resampling.nucleus import keep_min_p, keep_top_k, keep_top_p, truncate
 from tests.exactness import laws
 
@@ -178,3 +181,83 @@ def test_a_token_too_improbable_for_float32_is_kept_while_nothing_cuts_it():
     assert truncate(scores).tolist() == [[True, True, False]]
     assert truncate(scores, top_p=torch.tensor([1.0])).tolist() == [[True, True, False]]
     assert truncate(scores, top_p=torch.tensor([0.9999999])).tolist() == [[True, False, False]]
+
+
+# Compiled
+
+
+@njit
+def _keep_compiled(
+    e: np.ndarray, top_k: int, top_p: np.float32, min_p: np.float32, room: Room
+) -> tuple[np.ndarray, np.ndarray]:
+    """The kept tokens, as they stay and as scores."""
+    kept, x = e.copy(), np.zeros_like(e)
+    kernel.drop(kept, x, kernel.truncate(e, len(e), top_k, top_p, min_p, room))
+    return kept, x
+
+
+def keep_compiled(e: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    blank = np.empty(0, np.float32)
+    histogram = np.empty(kernel.NUM_BINS * kernel.NUM_LANES, np.int64)
+    room = Room(*[blank] * 6, np.empty(0, np.int64), histogram, np.empty(len(e), np.int32))
+    kept, x = _keep_compiled(e, top_k, np.float32(top_p), np.float32(min_p), room)
+    assert np.array_equal(kept, np.where(x == 0, e, 0))
+    return x == 0
+
+
+def keep_sorted(e: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    """All three cuts on the row in order, with the units of the compiled code."""
+    order = most_probable_first(e)
+    mass = np.rint(e.astype(np.float64) * 2.0**44).astype(np.int64)[order]
+    num = min(top_k or len(e), len(e))
+    if top_p < 1:
+        total = int(mass[:num].sum())
+        wanted = min(max(int(float(total) * float(np.float32(top_p))), 1), total)
+        num = int(np.searchsorted(np.cumsum(mass), wanted)) + 1
+    kept = np.zeros(len(e), dtype=bool)
+    kept[order[:num]] = True
+    return kept & (e >= np.float32(min_p))
+
+
+def relative(p: torch.Tensor) -> np.ndarray:
+    """Masses below the largest, which is 1, as the compiled code has them."""
+    return (p / p.max()).numpy()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 5, 1000, 150_000])
+def test_compiled_cuts_keep_what_the_sort_keeps(vocab_size):
+    few = vocab_size <= 1000
+    for name, p in rows_of(vocab_size).items():
+        e = relative(p)
+        for top_p in TOP_PS if few else [0.3, 0.95, 1 - 2**-24]:
+            assert np.array_equal(keep_compiled(e, top_p=top_p), keep_sorted(e, top_p=top_p)), (name, top_p)
+        for top_k in [1, 2, 50, vocab_size - 1, vocab_size, 2**31 - 1] if few else [50, vocab_size // 3]:
+            assert np.array_equal(keep_compiled(e, top_k), keep_sorted(e, top_k)), (name, top_k)
+        for min_p in (1e-30, 0.05, 1.0):
+            assert np.array_equal(keep_compiled(e, min_p=min_p), keep_sorted(e, min_p=min_p)), (name, min_p)
+        for knobs in ((7, 0.8, 0.0), (vocab_size // 2, 0.99, 0.2), (3, 0.3, 0.01)):
+            assert np.array_equal(keep_compiled(e, *knobs), keep_sorted(e, *knobs)), (name, knobs)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.one_of(st.sampled_from([0.0, 0.25, 1.0]), st.floats(0, 1, width=32)), min_size=1, max_size=12
+    ),
+    st.integers(0, 13),
+    st.floats(0, 1, exclude_min=True, width=32),
+    st.sampled_from([0.0, 0.0, 0.25, 1.0]),
+)
+def test_compiled_cuts_of_any_row_keep_what_the_sort_keeps(masses, top_k, top_p, min_p):
+    """With masses on the very boundary, as those of a quarter make them."""
+    e = np.array([*masses, 1.0], dtype=np.float32)
+    assert np.array_equal(keep_compiled(e, top_k, top_p, min_p), keep_sorted(e, top_k, top_p, min_p))
+
+
+def test_compiled_ties_just_below_a_power_of_two_are_cut_as_elsewhere():
+    below = np.nextafter(np.float32(0.25), np.float32(0))
+    e = np.array([below, 1, below, below, 0.25], dtype=np.float32)
+    for top_k in range(1, 6):
+        assert np.array_equal(keep_compiled(e, top_k), keep_sorted(e, top_k))
+    for top_p in np.linspace(0.01, 0.99, 99):
+        assert np.array_equal(keep_compiled(e, top_p=top_p), keep_sorted(e, top_p=top_p))
