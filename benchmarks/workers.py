@@ -1,0 +1,100 @@
+"""Each way in a process of its own, so that its peak memory is its own, asked one at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+
+class Worker:
+    """The other end of an object that lives in a process of its own."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self.peak_mib = 0.0
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """Call a method there, wait for what it returns, and note the most memory it ever held.
+
+        Raises:
+            RuntimeError: it failed there; the message is its traceback.
+        """
+        self._pipe.send((method, args))
+        return self.wait()
+
+    def wait(self) -> Any:
+        is_fine, answer, self.peak_mib = self._pipe.recv()
+        if not is_fine:
+            raise RuntimeError(answer)
+        return answer
+
+
+@contextmanager
+def worker(build: Callable[..., object], *args: Any) -> Iterator[Worker]:
+    """Build an object in a new process; it is ready when this returns, and gone after the block."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, build, args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        started = Worker(ours)
+        started.wait()
+        yield started
+        ours.send(None)
+        process.join(30)
+    finally:
+        process.kill()
+        process.join()
+
+
+def _serve(pipe: Connection, build: Callable[..., object], args: tuple[Any, ...]) -> None:
+    _silence_transformers()
+    try:
+        target = build(*args)
+        pipe.send((True, None, peak_mib()))
+        while (task := pipe.recv()) is not None:
+            method, arguments = task
+            answer = getattr(target, method)(*arguments)
+            pipe.send((True, answer, peak_mib()))
+    except Exception:
+        pipe.send((False, traceback.format_exc(), peak_mib()))
+
+
+def peak_mib() -> float:
+    """The most memory this process ever held: on the device if it has used one, else resident."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return peak_resident_mib()
+
+
+def peak_resident_mib(pid: int | str = "self") -> float:
+    """The most memory a process ever held resident, without what its parent held before it began."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except FileNotFoundError:
+        # Not Linux; there the figure may be the parent's.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    [line] = [line for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) / 2**10
+
+
+def _silence_transformers() -> None:
+    import logging
+
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # It sets a level and a handler of its own when its module is imported.
+    from transformers.generation import continuous_batching  # noqa: F401
+
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
