@@ -20,9 +20,11 @@ class EngineConfig:
     `proposal` is a local directory or a hub id. `device` "auto" takes CUDA if there, else CPU; `dtype`
     "auto" takes the checkpoint's own on CUDA and float32 on CPU. `max_model_len` 0 takes the proposal's
     (and the aligners') own limit. `kv_memory_bytes` 0 takes 60 % of what is free after loading on CUDA,
-    1 GiB on CPU. `max_batch` sequences run at once, at most `max_step_tokens` tokens enter a step (0: 2048
-    on CUDA, 128 on CPU, where reading so many takes about as long as a step that draws), and `max_queue` more
-    sequences may wait.
+    1 GiB on CPU. `max_batch` sequences run at once, and `max_queue` more may wait.
+
+    At most `max_step_tokens` tokens enter a step (0: 8192 on CUDA, 512 on CPU). Beside sequences that are
+    being written, at most `max_chunk_tokens` of them are of prompts (0: 2048 on CUDA, 64 on CPU), so that a
+    long prompt delays nobody's next token by much.
 
     With `prefix_cache`, requests begin behind the longest prefix that an earlier one of their tenant left in
     KV memory. `is_overlapping` plans a step while the one before runs (None: on CUDA); `has_static_shapes`
@@ -38,6 +40,7 @@ class EngineConfig:
     page_size: int = 16
     max_batch: int = 32
     max_step_tokens: int = 0
+    max_chunk_tokens: int = 0
     max_queue: int = 256
     prefix_cache: bool = True
     is_overlapping: bool | None = None

@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 _CHOICE_STRIDE = 0x9E3779B97F4A7C15
 
 
-# Tokens of a step where the configuration names none.
-_STEP_TOKENS = {"cpu": 128}
-_DEFAULT_STEP_TOKENS = 2048
+# Tokens of a step, and of prompts beside writing, where the configuration names none.
+_STEP_TOKENS = {"cpu": (512, 64)}
+_DEFAULT_STEP_TOKENS = (8192, 2048)
 
 
 class Engine:
@@ -47,6 +47,7 @@ class Engine:
         self.bank = bank
         self.limits = bank.limits
         device = bank.proposal.device.type
+        step_tokens, chunk_tokens = _STEP_TOKENS.get(device, _DEFAULT_STEP_TOKENS)
         self._scheduler = Scheduler(
             {
                 name: PageBook(pool.num_pages, keeps_idle=config.prefix_cache)
@@ -54,7 +55,8 @@ class Engine:
             },
             page_size=bank.page_size,
             num_slots=config.max_batch,
-            max_step_tokens=config.max_step_tokens or _STEP_TOKENS.get(device, _DEFAULT_STEP_TOKENS),
+            max_step_tokens=config.max_step_tokens or step_tokens,
+            max_chunk_tokens=config.max_chunk_tokens or chunk_tokens,
         )
         self._runner = Runner(bank, num_slots=config.max_batch, has_static_shapes=config.has_static_shapes)
         is_overlapping = device == "cuda" if config.is_overlapping is None else config.is_overlapping

@@ -1,12 +1,14 @@
 """Which sequence contributes how many tokens to the next step. Plain Python: never imports torch.
 
 Sequences that are being written come first, one token each; what is left of the step's budget goes to
-prompts, in chunks, shared equally between tenants. A sequence is admitted when a slot and pages for its
-prompt are free, in the order of `FairQueue`; it begins behind the longest prefix that its lanes find in the
-books. When a running one finds no page, or somebody of a better priority waits, the last of the lowest
-priority is put back into the queue and recomputed later (its noise is counter-based, so it draws the same
-tokens). Every admitted sequence fits alone, so the first of the best priority always gets on and nothing can
-wait for ever.
+prompts, in chunks, shared equally between tenants. Beside writing, a chunk is short, so that a long prompt
+delays no other sequence's next token by much; alone it may fill the step.
+
+A sequence is admitted when a slot and pages for its prompt are free, in the order of `FairQueue`; it begins
+behind the longest prefix that its lanes find in the books. When a running one finds no page, or somebody of a
+better priority waits, the last of the lowest priority is put back into the queue and recomputed later (its
+noise is counter-based, so it draws the same tokens). Every admitted sequence fits alone, so the first of the
+best priority always gets on and nothing can wait for ever.
 
 A plan may be made while earlier steps still run: the tokens that these draw are counted before they are
 known. Pages change hands at once, as the device runs its steps one after the other.
@@ -67,7 +69,13 @@ class Scheduler:
     """Books of slots and pages, a queue of the waiting, and the running in order of admission."""
 
     def __init__(
-        self, books: Mapping[str, PageBook], *, page_size: int, num_slots: int, max_step_tokens: int
+        self,
+        books: Mapping[str, PageBook],
+        *,
+        page_size: int,
+        num_slots: int,
+        max_step_tokens: int,
+        max_chunk_tokens: int,
     ) -> None:
         self.books = books
         self.running: list[Sequence] = []
@@ -78,6 +86,7 @@ class Scheduler:
         self._queue = FairQueue(quantum=max_step_tokens)
         # Choices that wait for the first of their request to have read the prompt that they share.
         self._followers: dict[Sequence, list[Sequence]] = {}
+        self._max_chunk_tokens = max_chunk_tokens
         self._set_budget(max_step_tokens)
 
     @property
@@ -140,11 +149,11 @@ class Scheduler:
             self._row(sequence, 1) for sequence in writing if sequence.slot >= 0 and self._make_room(sequence)
         ]
         reading = [sequence for sequence in self.running if sequence.num_pending > 1]
-        started = self._admit(reading, self._max_step_tokens - len(rows))
+        started = self._admit(reading, self._chunk_budget(len(rows)))
         # Those put back for somebody of a better priority leave the step; their share goes to the prompts.
         rows = [row for row in rows if row.is_current]
         reading = [sequence for sequence in reading if sequence.slot >= 0]
-        shares = self._share_out(reading, self._max_step_tokens - len(rows))
+        shares = self._share_out(reading, self._chunk_budget(len(rows)))
         rows += [self._row(sequence, num) for sequence, num in zip(reading, shares, strict=True) if num]
         rows.sort(key=lambda row: row.num_tokens > 1)
         return Plan(tuple(rows), tuple(started))
@@ -168,6 +177,11 @@ class Scheduler:
     def _set_budget(self, max_step_tokens: int) -> None:
         # At least one prompt token must fit beside a full batch of drawing sequences.
         self._max_step_tokens = max(max_step_tokens, self._num_slots + 1)
+
+    def _chunk_budget(self, num_writing: int) -> int:
+        """Tokens of prompts that a step may read."""
+        left = self._max_step_tokens - num_writing
+        return min(left, self._max_chunk_tokens) if num_writing else left
 
     def _free_followers(self, leader: Sequence) -> None:
         for sequence in reversed(self._followers.pop(leader, [])):

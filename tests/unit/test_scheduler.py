@@ -16,10 +16,20 @@ PAGE_SIZE = 4
 
 
 def make_scheduler(
-    *, num_pages: int = 20, num_slots: int = 4, max_step_tokens: int = 16, pools: tuple[str, ...] = ("p",)
+    *,
+    num_pages: int = 20,
+    num_slots: int = 4,
+    max_step_tokens: int = 16,
+    max_chunk_tokens: int = 1000,
+    pools: tuple[str, ...] = ("p",),
 ) -> Scheduler:
-    books = {name: PageBook(num_pages + 1) for name in pools}
-    return Scheduler(books, page_size=PAGE_SIZE, num_slots=num_slots, max_step_tokens=max_step_tokens)
+    return Scheduler(
+        {name: PageBook(num_pages + 1) for name in pools},
+        page_size=PAGE_SIZE,
+        num_slots=num_slots,
+        max_step_tokens=max_step_tokens,
+        max_chunk_tokens=max_chunk_tokens,
+    )
 
 
 def make_sequence(name: str, prompt: int, *, pools: tuple[str, ...] = ("p",), limit: int = 1000) -> Sequence:
@@ -64,6 +74,18 @@ def test_writing_goes_on_beside_a_long_prompt() -> None:
     scheduler.add(make_sequence("long", 20))
     assert shape(step(scheduler)) == [("short", 2, 1, True), ("long", 0, 7, False)]
     assert shape(step(scheduler)) == [("short", 3, 1, True), ("long", 7, 7, False)]
+
+
+def test_a_chunk_is_short_beside_writing_and_fills_the_step_alone() -> None:
+    scheduler = make_scheduler(max_step_tokens=12, max_chunk_tokens=5)
+    scheduler.add(make_sequence("long", 30))
+    assert shape(step(scheduler)) == [("long", 0, 12, False)]
+    scheduler.add(make_sequence("short", 2))
+    assert shape(step(scheduler)) == [("long", 12, 12, False)]
+    assert shape(step(scheduler)) == [("long", 24, 6, True), ("short", 0, 2, True)]
+    scheduler.add(make_sequence("next", 12))
+    assert shape(step(scheduler))[2:] == [("next", 0, 5, False)]
+    assert shape(step(scheduler))[2:] == [("next", 5, 5, False)]
 
 
 def test_rows_of_one_token_come_first() -> None:

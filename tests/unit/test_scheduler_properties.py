@@ -21,11 +21,12 @@ from ram_core.engine.pages import PageBook, chain_root, pages_for
 from ram_core.engine.scheduler import Plan, ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
 from ram_core.params import SamplingParams
+from tests.unit.test_scheduler import PAGE_SIZE, make_scheduler
 
-PAGE_SIZE = 4
 NUM_PAGES = 12
 NUM_SLOTS = 3
 MAX_STEP_TOKENS = 7
+MAX_CHUNK_TOKENS = 5
 CONTEXT = NUM_PAGES * PAGE_SIZE
 LANES = {"p": (("proposal", "p"),)}
 LANES["p a"] = (*LANES["p"], ("polite", "a"))
@@ -66,7 +67,11 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         self.books = {pool: PageBook(NUM_PAGES + 1) for pool in "pa"}
         self.scheduler = Scheduler(
-            self.books, page_size=PAGE_SIZE, num_slots=NUM_SLOTS, max_step_tokens=MAX_STEP_TOKENS
+            self.books,
+            page_size=PAGE_SIZE,
+            num_slots=NUM_SLOTS,
+            max_step_tokens=MAX_STEP_TOKENS,
+            max_chunk_tokens=MAX_CHUNK_TOKENS,
         )
         self.memory: dict[tuple[str, int, int], object] = {}
         self.alive: dict[str, list[Sequence]] = {}
@@ -229,9 +234,7 @@ def test_tenants_that_always_wait_get_the_same_within_the_stated_bound(seed: int
     """One sends short prompts, one long ones, one many choices: tokens served differ by a constant."""
     random_ = random.Random(seed)
     num_slots, quantum, longest, limit = 4, 32, 60, 25
-    scheduler = Scheduler(
-        {"p": PageBook(200)}, page_size=PAGE_SIZE, num_slots=num_slots, max_step_tokens=quantum
-    )
+    scheduler = make_scheduler(num_pages=200, num_slots=num_slots, max_step_tokens=quantum)
     served: Counter[str] = Counter()
     sizes = {"short": (1, 4), "long": (40, longest), "many": (5, 9)}
     bound = 2 * quantum + longest + num_slots * limit
@@ -260,7 +263,7 @@ def test_tenants_that_always_wait_get_the_same_within_the_stated_bound(seed: int
 
 
 def test_a_flood_does_not_delay_a_newcomer_by_more_than_a_turn() -> None:
-    scheduler = Scheduler({"p": PageBook(2000)}, page_size=PAGE_SIZE, num_slots=1, max_step_tokens=32)
+    scheduler = make_scheduler(num_pages=2000, num_slots=1, max_step_tokens=32)
 
     def add(name: str, tenant: str) -> None:
         request = Request(name, tuple(range(20)), SamplingParams(), tenant=tenant)
@@ -286,7 +289,7 @@ def test_a_flood_does_not_delay_a_newcomer_by_more_than_a_turn() -> None:
 
 
 def test_a_long_prompt_shares_the_step_with_another_tenants_short_one() -> None:
-    scheduler = Scheduler({"p": PageBook(100)}, page_size=PAGE_SIZE, num_slots=4, max_step_tokens=40)
+    scheduler = make_scheduler(num_pages=100, num_slots=4, max_step_tokens=40)
     for name, tenant, length in (("long", "a", 200), ("short", "b", 15)):
         request = Request(name, tuple(range(length)), SamplingParams(), tenant=tenant)
         scheduler.add(*make_choices(request, LANES["p"], 4))
@@ -296,7 +299,7 @@ def test_a_long_prompt_shares_the_step_with_another_tenants_short_one() -> None:
 
 
 def test_a_better_priority_takes_the_place_of_a_worse_one() -> None:
-    scheduler = Scheduler({"p": PageBook(100)}, page_size=PAGE_SIZE, num_slots=1, max_step_tokens=8)
+    scheduler = make_scheduler(num_pages=100, num_slots=1, max_step_tokens=8)
     first = make_choices(Request("low", (1, 2), SamplingParams(), priority=1), LANES["p"], 9)
     scheduler.add(*first)
     scheduler.plan()
