@@ -31,7 +31,8 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A dense copy of the weight, for models that look at it."""
-        return self._packed.to_dense()
+        dense: Tensor = self._packed.to_dense()
+        return dense
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, for `x` of shape [..., in_features]."""
@@ -45,7 +46,7 @@ class PackedLinear(nn.Module):
 
 def pack_linears(model: nn.Module) -> None:
     """Replace every float32 `nn.Linear` of a model on CPU; does nothing where PyTorch lacks oneDNN."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
