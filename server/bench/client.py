@@ -6,6 +6,7 @@ often shares its cores with the server.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,14 +36,18 @@ class Target:
     timeout_s: float = 600.0
     needs_done: bool = True
 
+    def __post_init__(self) -> None:
+        scheme, _, rest = self.url.partition("://")
+        if scheme not in {"http", "https"} or not rest.strip("/"):
+            raise RamError(f"A URL begins with http:// or https://; got `{self.url}`.")
+        if not 0 < self.timeout_s < math.inf:
+            raise RamError(f"`timeout` is above 0; got {self.timeout_s:g}.")
+
     @property
     def base_url(self) -> str:
         """The URL itself if it has a path, else its `/v1`."""
         url = self.url.rstrip("/")
-        scheme, separator, rest = url.partition("://")
-        if not separator or scheme not in {"http", "https"} or not rest:
-            raise RamError(f"A URL begins with http:// or https://; got `{self.url}`.")
-        return url if "/" in rest else f"{url}/v1"
+        return url if "/" in url.partition("://")[2] else f"{url}/v1"
 
     def open_session(self, max_connections: int) -> aiohttp.ClientSession:
         """A pool of connections; 0 is no limit."""

@@ -456,4 +456,4 @@ def test_the_base_url(url, base_url):
 @pytest.mark.parametrize("url", ["", "host:8000", "ftp://host", "http://"])
 def test_a_bad_url_is_refused(url):
     with pytest.raises(RamError, match="A URL begins with"):
-        _ = Target(url).base_url
+        Target(url)
