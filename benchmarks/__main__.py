@@ -17,7 +17,6 @@ from pathlib import Path
 from benchmarks import report
 
 NAMES = (
-    "resampling",
     "decode",
     "first_token",
     "long_prompt",

@@ -1,7 +1,7 @@
 """Time to first token behind a long system prompt, with the prefix cache and without.
 
 Four requests come one after the other: the first with this system prompt, the same again, another question
-behind the same system prompt, and the same question to another aligner. What the proposal keeps of a prefix is
+behind the same system prompt, and that question to another aligner. What the proposal keeps of a prefix is
 shared between aligners; what an aligner keeps is its own.
 
     python -m benchmarks.prefix_cache

@@ -87,6 +87,15 @@ def peak_resident_mib(pid: int | str = "self") -> float:
     return int(line.split()[1]) / 2**10
 
 
+def tree_peak_mib(pid: int) -> float:
+    """The sum of what a process and all that it started ever held resident; 0 for what has ended."""
+    if not Path(f"/proc/{pid}/status").exists():
+        return 0.0
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text(encoding="ascii").split()]
+    return peak_resident_mib(pid) + sum(tree_peak_mib(child) for child in children)
+
+
 def _silence_transformers() -> None:
     import logging
 
