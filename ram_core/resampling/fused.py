@@ -118,6 +118,8 @@ def warm_up(device: torch.device | str = "cpu") -> None:
     draw_compiled(torch.zeros(1, 2), [term], params, rows, vocab_size=2, eos_ids=rows, num_top=1)
 
 
+# Less work than this is done sooner than another thread begins.
+_TOKENS_A_THREAD = 1 << 14
 _own = threading.local()
 
 
@@ -139,7 +141,8 @@ def _rooms(num_rooms: int, vocab_size: int) -> list[Room]:
 
 def _share_out(logits: Logits, asked: Asked, told: Told, rows: I64, eos_ids: I64, vocab_size: int) -> None:
     """Draw the rows on as many threads as torch has, this one among them."""
-    num_threads = max(min(torch.get_num_threads(), len(rows)), 1)
+    worthwhile = len(rows) * vocab_size // _TOKENS_A_THREAD
+    num_threads = max(min(torch.get_num_threads(), len(rows), worthwhile), 1)
     rooms = _rooms(num_threads, vocab_size)
 
     def draw_share(first: int, stride: int) -> None:

@@ -193,7 +193,7 @@ def bits(draws: Draws) -> list[torch.Tensor]:
 
 
 def test_the_number_of_threads_changes_no_bit():
-    asked, seen = batch(7, 3000), []
+    asked, seen = batch(7, 12_000), []
     before = torch.get_num_threads()
     for num_threads in (1, 2, 3, 16):
         torch.set_num_threads(num_threads)
