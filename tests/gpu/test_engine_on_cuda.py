@@ -33,18 +33,25 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return replace(on_cpu, device="cuda", dtype="float32")
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"is_overlapping": False}, {"has_static_shapes": True}, {"max_step_tokens": 9}], ids=str
+)
 @torch.inference_mode()
-def test_batches_on_cuda_give_the_plain_forwards_greedy_tokens(config: EngineConfig) -> None:
+def test_batches_on_cuda_give_the_plain_forwards_greedy_tokens(
+    config: EngineConfig, changes: dict[str, object]
+) -> None:
+    """The second time the prompts are cached."""
     models = plain_models(config)
-    engine = Engine.load(config)
+    engine = Engine.load(replace(config, **changes))
     requests = [
         Request(str(index), prompt, GREEDY, alignment)
         for index, (prompt, alignment) in enumerate(cases(PROMPTS))
     ]
-    told = run_together(engine, requests)
-    for request, case in zip(requests, cases(PROMPTS), strict=True):
-        drawn = tuple(event.token_id for event in told[request.request_id])
-        assert drawn == plain_greedy(models, *case, engine.limits.vocab_size)
+    expected = [plain_greedy(models, *case, engine.limits.vocab_size) for case in cases(PROMPTS)]
+    for _ in range(2):
+        told = run_together(engine, requests)
+        drawn = [tuple(event.token_id for event in told[request.request_id]) for request in requests]
+        assert drawn == expected
 
 
 @pytest.mark.parametrize("mode", [Resampling.PRODUCT, Resampling.CANDIDATES, Resampling.NUCLEUS])
