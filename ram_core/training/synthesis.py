@@ -24,6 +24,8 @@ def load_engine(proposal: Path, aligners: Mapping[str, Path]) -> LocalEngine:
             device="cpu",
             max_batch=_MAX_BATCH,
             max_step_tokens=_MAX_STEP_TOKENS,
+            # Nobody waits for a next token here.
+            max_chunk_tokens=_MAX_STEP_TOKENS,
         )
     )
 
