@@ -29,8 +29,8 @@ format: $(VENV)/.dev  ## Rewrite the code as the linter wants it.
 mutants: $(VENV)/.dev  ## Break the code on purpose, line by line, and see the tests fail.
 	$(BIN)/python -m tests.mutants
 
-bench: $(VENV)/.run  ## Milliseconds a step against the peers (see benchmarks/README.md).
-	$(BIN)/python -m benchmarks.decode
+bench: $(VENV)/.run  ## What the README of benchmarks/ claims, measured on this machine.
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV)

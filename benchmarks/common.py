@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import random
@@ -16,8 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from benchmarks.shapes import PAIRS, Shape, save_checkpoint
 from benchmarks.tables import Claim, Outcome, document, markdown, write
+from benchmarks.workers import worker
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
 PAGE_SIZE = 16
@@ -99,8 +104,6 @@ def checkpoints(options: argparse.Namespace, num_aligners: int = 1) -> Iterator[
         wanted = [("proposal", shapes[0])] + [(f"aligner-{at}", shapes[1]) for at in range(num_aligners)]
         missing = [(name, shape, at) for at, (name, shape) in enumerate(wanted) if not _is_made(root / name)]
         if missing:
-            from benchmarks.workers import worker
-
             # Made elsewhere, as what this process holds on a device would be missing there.
             with worker(CheckpointMaker, root, options.dtype, options.device) as maker:
                 for name, shape, seed in missing:
@@ -125,9 +128,6 @@ class CheckpointMaker:
 
 def environment() -> dict[str, str]:
     """What the numbers depend on."""
-    import torch
-    import transformers
-
     describe = ["git", "describe", "--always", "--dirty"]
     commit = subprocess.run(describe, capture_output=True, text=True, check=False).stdout.strip()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -147,8 +147,6 @@ def environment() -> dict[str, str]:
 
 def _cpu_name() -> str:
     """The processor's name, and the widest arithmetic that torch uses on it."""
-    import torch
-
     capability = torch.backends.cpu.get_cpu_capability()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -172,5 +170,4 @@ def say(line: str) -> None:
 
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of all values do not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, -int(-share * len(ordered) // 1) - 1)]
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

@@ -1,9 +1,9 @@
 """Tokens a second over HTTP against the engine's own, and against another server.
 
-`ram serve` and the client `ram bench` share the machine; the engine alone runs the same prompts in a process of
-its own. All requests of a round are sent at once, and a round is over when the last answer is. Another server,
-such as vLLM with the proposal alone, is loaded by the same client with the same prompts, and is compared with
-our aligned answers.
+`ram serve` and the client `ram bench` share the machine; the engine alone runs the same prompts in a process
+of its own. All requests of a round are sent at once, and a round is over when the last answer is. Another
+server, such as vLLM with the proposal alone, is loaded by the same client with the same prompts, and is
+compared with our aligned answers.
 
     python -m benchmarks.http
     python -m benchmarks.http --base-url http://127.0.0.1:8001 --base-pid PID

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
 VOCAB_SIZE = 32_000
 # Messages one after the other, so that a chat's prompt has as many tokens as its words.
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
@@ -72,13 +76,9 @@ PAIRS = {
 }
 
 
-def save_checkpoint(shape: Shape, directory: Path, dtype: str, device: str, seed: int) -> None:
-    """A model of random weights, drawn on `device`, and a tokenizer that has a name for every id."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+def llama_config(shape: Shape) -> LlamaConfig:
+    """The shape as transformers knows it."""
+    return LlamaConfig(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
@@ -91,17 +91,19 @@ def save_checkpoint(shape: Shape, directory: Path, dtype: str, device: str, seed
         eos_token_id=1,
         pad_token_id=2,
     )
+
+
+def save_checkpoint(shape: Shape, directory: Path, dtype: str, device: str, seed: int) -> None:
+    """A model of random weights, drawn on `device`, and a tokenizer that has a name for every id."""
+    torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(llama_config(shape), dtype=getattr(torch, dtype))
     model.save_pretrained(directory)
     _save_tokenizer(directory, shape.vocab_size)
 
 
 def _save_tokenizer(directory: Path, vocab_size: int) -> None:
     """A tokenizer of `vocab_size` made-up words."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     special = ["<bos>", "<eos>", "<pad>", "<unk>"]
     words = special + [f"w{index}" for index in range(len(special), vocab_size)]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))

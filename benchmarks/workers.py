@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import resource
 import traceback
@@ -10,6 +11,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 
 class Worker:
@@ -69,8 +73,6 @@ def _serve(pipe: Connection, build: Callable[..., object], args: tuple[Any, ...]
 
 def peak_mib() -> float:
     """The most memory this process ever held: on the device if it has used one, else resident."""
-    import torch
-
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return peak_resident_mib()
@@ -97,13 +99,7 @@ def tree_peak_mib(pid: int) -> float:
 
 
 def _silence_transformers() -> None:
-    import logging
-
-    import transformers
-
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # It sets a level and a handler of its own when its module is imported.
-    from transformers.generation import continuous_batching  # noqa: F401
-
+    # Its batching tells at level ERROR that it could not look up what it was given.
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
