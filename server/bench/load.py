@@ -15,11 +15,11 @@ import numpy as np
 from ram_core.errors import RamError
 from server.bench.lengths import Lengths, parse_lengths
 from server.bench.prompts import (
-    CountTokens,
+    PLAIN,
     RecordedTalks,
     SyntheticTalks,
-    count_words,
-    load_tokenizer,
+    Vocabulary,
+    load_vocabulary,
     read_talks,
 )
 
@@ -96,19 +96,19 @@ class RequestSource:
         self._shares = weights / weights.sum()
         self._output_lengths = parse_lengths(load.output_tokens)
         prompt_lengths = parse_lengths(load.prompt_tokens)
-        count = load_tokenizer(load.tokenizer) if load.tokenizer else None
-        self._talks = self._make_talks(prompt_lengths, count)
+        vocabulary = load_vocabulary(load.tokenizer) if load.tokenizer else None
+        self._talks = self._make_talks(prompt_lengths, vocabulary)
 
     def _make_talks(
-        self, prompt_lengths: Lengths, count: CountTokens | None
+        self, prompt_lengths: Lengths, vocabulary: Vocabulary | None
     ) -> SyntheticTalks | RecordedTalks:
         load = self._load
         if load.data is not None:
-            talks = read_talks(load.data, count=count)
+            talks = read_talks(load.data, count=vocabulary.count if vocabulary else None)
             return RecordedTalks(talks, np.random.default_rng([load.seed, _ORDER_NOISE]))
         return SyntheticTalks(
             prompt_lengths,
-            count=count or count_words,
+            vocabulary=vocabulary or PLAIN,
             num_shared_tokens=load.shared_prefix_tokens,
             noise=np.random.default_rng([load.seed, _PREFIX_NOISE]),
         )

@@ -7,7 +7,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,8 +35,12 @@ with wood word work world would write year yes you young your
 WORDS = _WORD_LIST.split()
 SHORT_WORDS = [*string.ascii_lowercase, *(word for word in WORDS if len(word) <= 3)]
 MAX_FITTING_ROUNDS = 64
+MIN_WORDS = 64
 
 Message = dict[str, Any]
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 CountTokens = Callable[[str], int]
 
 
@@ -48,13 +52,28 @@ class Talk:
     num_answer_tokens: int | None = None
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """Words to write prompts with, and how their length is counted."""
+
+    count: CountTokens
+    words: Sequence[str]
+
+
 def count_words(text: str) -> int:
     """The measure where no tokenizer is given."""
     return len(text.split())
 
 
-def load_tokenizer(directory: Path) -> CountTokens:
-    """A count of tokens, special ones left out; reads `tokenizer.json`, without transformers or torch."""
+PLAIN = Vocabulary(count_words, WORDS)
+
+
+def load_vocabulary(directory: Path) -> Vocabulary:
+    """A tokenizer's count, special tokens left out, and the words that are one token to it.
+
+    Its own words, because a vocabulary that knows none of ours would see the same prompt again and again.
+    Reads `tokenizer.json`, without transformers or torch.
+    """
     from tokenizers import Tokenizer
 
     path = directory / "tokenizer.json" if directory.is_dir() else directory
@@ -66,24 +85,48 @@ def load_tokenizer(directory: Path) -> CountTokens:
     def count_tokens(text: str) -> int:
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
-    return count_tokens
+    words = _single_token_words(tokenizer)
+    return Vocabulary(count_tokens, words if len(words) >= MIN_WORDS else WORDS)
+
+
+def _single_token_words(tokenizer: Tokenizer) -> list[str]:
+    """Those that are one token after a space, and come back from it."""
+    token_ids = [[token_id] for token_id in range(tokenizer.get_vocab_size(with_added_tokens=False))]
+    words = [word for text in tokenizer.decode_batch(token_ids) if (word := text.strip()).isalnum()]
+    words = list(dict.fromkeys(words))
+    head = tokenizer.encode(SHORT_WORDS[0], add_special_tokens=False).ids
+    spellings = tokenizer.encode_batch(
+        [f"{SHORT_WORDS[0]} {word}" for word in words], add_special_tokens=False
+    )
+    tails = [spelling.ids[len(head) :] for spelling in spellings]
+    comes_back = [text.strip() for text in tokenizer.decode_batch(tails)]
+    return [
+        word
+        for word, tail, text in zip(words, tails, comes_back, strict=True)
+        if len(tail) == 1 and text == word
+    ]
 
 
 class SyntheticTalks:
     """One user message of random words each; the shared prefix, if any, is the same in all of them."""
 
     def __init__(
-        self, lengths: Lengths, *, count: CountTokens, num_shared_tokens: int, noise: np.random.Generator
+        self,
+        lengths: Lengths,
+        *,
+        vocabulary: Vocabulary,
+        num_shared_tokens: int,
+        noise: np.random.Generator,
     ) -> None:
         self._lengths = lengths
-        self._count = count
+        self._vocabulary = vocabulary
         self._num_shared = num_shared_tokens
-        self._prefix = write_words(noise, num_shared_tokens, count=count) if num_shared_tokens else ""
+        self._prefix = write_words(noise, num_shared_tokens, vocabulary) if num_shared_tokens else ""
 
     def talk(self, index: int, noise: np.random.Generator) -> Talk:
         """The message of one request: the prefix's tokens, and as many of its own as the law says."""
         num_tokens = self._num_shared + self._lengths.draw(noise)
-        text = write_words(noise, num_tokens, count=self._count, begin=self._prefix)
+        text = write_words(noise, num_tokens, self._vocabulary, begin=self._prefix)
         return Talk([{"role": "user", "content": text}])
 
 
@@ -98,16 +141,18 @@ class RecordedTalks:
         return self._talks[self._order[index % len(self._talks)]]
 
 
-def write_words(noise: np.random.Generator, num_tokens: int, *, count: CountTokens, begin: str = "") -> str:
+def write_words(
+    noise: np.random.Generator, num_tokens: int, vocabulary: Vocabulary, *, begin: str = ""
+) -> str:
     """Random words after `begin`, such that all together count `num_tokens`.
 
     Adds what is missing, a word for each token, and takes back what is too much. A vocabulary that splits
     words is met by chance, with short words at the end; if it is not, the nearest count has to do.
     """
+    count, pool = vocabulary.count, vocabulary.words
     words = begin.split()
     num_begin = len(words)
     best, best_distance = begin, num_tokens
-    pool = WORDS
     for _ in range(MAX_FITTING_ROUNDS):
         text = " ".join(words)
         missing = num_tokens - (count(text) if text else 0)

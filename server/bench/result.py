@@ -33,6 +33,7 @@ LATE_LAG_S = 0.01
 LATE_LAG_SHARE = 0.05
 """Of the mean time between requests."""
 SHORT_ANSWER_SHARE = 0.95
+CACHED_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def judge(target: Target, load: Load, run: Run, objectives: Sequence[Objective] 
     """Everything that can be said about a run."""
     summary = summarise(run.records, run.wall_s, objectives)
     schedule = summarise_schedule(run.records, load.rate_per_s) if load.rate_per_s is not None else None
+    is_unique = load.data is None and not load.shared_prefix_tokens
     return Result(
         settings=_settings(target, load, objectives),
         environment=_environment(),
@@ -84,7 +86,7 @@ def judge(target: Target, load: Load, run: Run, objectives: Sequence[Objective] 
         summary=summary,
         models=summarise_models(run, objectives),
         schedule=schedule,
-        remarks=tuple(_remarks(run, summary, schedule)),
+        remarks=tuple(_remarks(run, summary, schedule, is_unique=is_unique)),
     )
 
 
@@ -122,7 +124,7 @@ def _tolerated_lag_s(schedule: Schedule) -> float:
     return max(LATE_LAG_S, LATE_LAG_SHARE / schedule.asked_per_s)
 
 
-def _remarks(run: Run, summary: Summary, schedule: Schedule | None) -> list[str]:
+def _remarks(run: Run, summary: Summary, schedule: Schedule | None, *, is_unique: bool) -> list[str]:
     """What a reader must know before trusting the figures."""
     remarks = []
     if run.wall_s and run.cpu_s / run.wall_s > BUSY_CLIENT_SHARE:
@@ -136,6 +138,12 @@ def _remarks(run: Run, summary: Summary, schedule: Schedule | None) -> list[str]
     asked, got = summary.mean_asked_tokens, summary.mean_output_tokens
     if asked and got and got < SHORT_ANSWER_SHARE * asked:
         remarks.append(f"Answers were shorter than asked: {got:.1f} tokens of {asked:.1f} on average.")
+    cached, prompt = summary.mean_cached_tokens, summary.mean_prompt_tokens
+    if is_unique and cached and prompt and cached > CACHED_SHARE * prompt:
+        remarks.append(
+            f"{cached:.1f} of {prompt:.1f} prompt tokens were cached, though every prompt is new: "
+            "the head of a chat template, or words that the model does not know (give its --tokenizer)."
+        )
     if summary.num_ok and summary.tokens_from != "usage":
         remarks.append(
             "The server did not tell its usage in all answers: there a chunk is counted as a token."

@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from ram_core.errors import RamError
 from server.bench.lengths import parse_lengths
 from server.bench.load import Load, RequestSource, arrival_times, parse_models
-from server.bench.prompts import count_words, load_tokenizer, read_talks, write_words
+from server.bench.prompts import Vocabulary, count_words, load_vocabulary, read_talks, write_words
 from tests.models import make_tokenizer
 
 MODELS = (("big", 1.0),)
@@ -126,12 +127,24 @@ def test_prompts_have_the_tokenizers_length_exactly(tmp_path):
     lengths = {len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts(settings, 40)}
     assert lengths <= set(range(21, 111))
     asked = load(tokenizer=tmp_path, prompt_tokens="33")
-    assert {load_tokenizer(tmp_path)(text) for text in texts(asked, 40)} == {33}
+    assert {load_vocabulary(tmp_path).count(text) for text in texts(asked, 40)} == {33}
+
+
+def test_a_vocabulary_of_words_of_its_own_is_written_in_its_words(tmp_path):
+    """To it all of ours are unknown: prompts that differ in text would be one and the same in tokens."""
+    words = {"<unk>": 0, **{f"tok{index}": index for index in range(1, 200)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    prompts = [tokenizer.encode(text).ids for text in texts(load(tokenizer=tmp_path, prompt_tokens="12"))]
+    assert len({tuple(ids) for ids in prompts}) == len(prompts)
+    assert all(len(ids) == 12 and 0 not in ids for ids in prompts)
 
 
 def test_a_length_that_cannot_be_met_is_missed_by_as_little_as_possible():
     """Every word counts two: an odd number of tokens is out of reach."""
-    text = write_words(np.random.default_rng(0), 9, count=lambda text: 2 * count_words(text))
+    vocabulary = Vocabulary(lambda text: 2 * count_words(text), ["one", "two"])
+    text = write_words(np.random.default_rng(0), 9, vocabulary)
     assert count_words(text) in {4, 5}
 
 
@@ -211,7 +224,7 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RamError, match="Cannot read conversations"):
         read_talks(tmp_path / "missing.jsonl", count=None)
     with pytest.raises(RamError, match="Cannot read a tokenizer"):
-        load_tokenizer(tmp_path)
+        load_vocabulary(tmp_path)
 
 
 def test_model_names_may_hold_anything_before_the_weight():
