@@ -62,8 +62,8 @@ class ContinuousBatching:
     """transformers' own continuous batching of the proposal alone, at its best.
 
     It draws from the plain distribution (its default cuts to the 50 most probable, which costs it time), it
-    takes the attention that is faster for a batch's size, and its pages are limited to what the batch needs:
-    left alone it takes most of the machine's memory.
+    takes the attention that is faster for a batch's size, it keeps its memory and its graphs between calls,
+    and its pages are limited to what the batch needs: left alone it takes most of the machine's memory.
     """
 
     # Left alone, it takes flash attention where there is any.
@@ -73,6 +73,7 @@ class ContinuousBatching:
         self._model = _load(job.proposal, job)
         self._limits = ContinuousBatchingConfig(num_blocks=4 * job.max_batch, max_batch_tokens=4096)
         self._best: dict[int, str] = {}
+        self._attention = ""
 
     def generate(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
         """Continue all prompts by so many tokens; return the seconds it took.
@@ -81,9 +82,7 @@ class ContinuousBatching:
             RuntimeError: not every prompt was continued so far.
         """
         if len(prompts) not in self._best:
-            slopes = {
-                name: self._run(prompts, 20, name) - self._run(prompts, 4, name) for name in self._ATTENTIONS
-            }
+            slopes = {name: self._slope(prompts, name) for name in self._ATTENTIONS}
             self._best[len(prompts)] = min(slopes, key=lambda name: slopes[name])
         return self._run(prompts, num_tokens, self._best[len(prompts)])
 
@@ -91,8 +90,16 @@ class ContinuousBatching:
         """What it chose for a batch of this size."""
         return self._best[batch]
 
+    def _slope(self, prompts: Sequence[Sequence[int]], attention: str) -> float:
+        """Seconds between a short and a longer answer."""
+        self._run(prompts, 2, attention)
+        return self._run(prompts, 20, attention) - self._run(prompts, 4, attention)
+
     def _run(self, prompts: Sequence[Sequence[int]], num_tokens: int, attention: str) -> float:
-        self._model.set_attn_implementation(attention)
+        if attention != self._attention:
+            self._model.destroy_cached_continuous_batching_manager()
+            self._model.set_attn_implementation(attention)
+            self._attention = attention
         config = GenerationConfig(
             max_new_tokens=num_tokens, do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=2
         )
@@ -101,7 +108,9 @@ class ContinuousBatching:
             inputs=[list(prompt) for prompt in prompts],
             generation_config=config,
             continuous_batching_config=self._limits,
-            warmup=False,
+            persistent_manager=True,
+            # It captures its graphs then.
+            warmup=self._model.device.type == "cuda",
         )
         took_s = time.perf_counter() - began
         if [len(output.generated_tokens) for output in found.values()] != [num_tokens] * len(prompts):
