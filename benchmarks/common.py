@@ -44,8 +44,8 @@ class Options(argparse.ArgumentParser):
     def add(self, flag: str, default: Any, help: str, *, quick: Any = None) -> None:
         """A number, or with a list as its default several."""
         sample = default[0] if isinstance(default, list) else default
-        nargs = {"nargs": "+"} if isinstance(default, list) else {}
-        action = self.add_argument(flag, type=type(sample), default=default, help=help, **nargs)
+        nargs = "+" if isinstance(default, list) else None
+        action = self.add_argument(flag, type=type(sample), default=default, help=help, nargs=nargs)
         if quick is not None:
             self._quick[action.dest] = quick
 

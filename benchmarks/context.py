@@ -106,10 +106,11 @@ def _outcome(
             aligners = [aligner] if way == "aligned" else []
             cost = step_cost(proposal, aligners, batch, context, options.dtype)
             limit = speed.limit_ms(cost)
+            if way == "aligned":
+                figures[_share(batch, context)] = limit / ms[way]
             cells: list[Cell] = [batch, context, way, ms[way], ms[way] / ms["identity"], cost.num_bytes / 1e6]
             rows.append([*cells, limit, speed.kind(cost), limit / ms[way], peaks[way]])
         figures[_versus(batch, context)] = ms["aligned"] / ms["identity"]
-        figures[_share(batch, context)] = rows[-len(ms)][-2]
     columns = ["batch", "context", "way", "ms a step", "step ÷ identity", "MB a step", "limit, ms", "set by"]
     title = (
         f"Decode by context, {options.dtype}; {speed.bandwidth / 1e9:.1f} GB/s, "

@@ -197,7 +197,8 @@ def _outcome(
     if options.base_url:
         ours = best["over HTTP", options.base_streams].tokens_per_s
         figures[AGAINST] = ours / best["another server", options.base_streams].tokens_per_s
-    return Outcome([table], figures)
+    notes = ["peak MiB: resident, of all processes of a server"] if options.device != "cpu" else []
+    return Outcome([table], figures, notes)
 
 
 BENCHMARK = Benchmark("http", __doc__, claims, add_options, run)

@@ -24,7 +24,7 @@ IDENTITY = "identity: p99 while the prompt is read ÷ p50 then"
 
 def claims(options: argparse.Namespace) -> list[Claim]:
     """What was expected, and what must be reached."""
-    return [Claim(DURING, 1.6, at_most=3.0), Claim(BEFORE, 6.0), Claim(IDENTITY, 1.6, at_most=3.0)]
+    return [Claim(DURING, 1.6, at_most=3.0), Claim(BEFORE, 3.5), Claim(IDENTITY, 1.6, at_most=3.0)]
 
 
 def add_options(options: Options) -> None:

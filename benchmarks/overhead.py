@@ -88,8 +88,8 @@ class TimedEngine(EngineWay):
         self._forwards = [Timed(model.forward) for model in models]
         for model, timed in zip(models, self._forwards, strict=True):
             model.forward = timed  # type: ignore[method-assign]
-        self._resampling = Timed(runner.draw_tokens)
-        runner.draw_tokens = self._resampling  # type: ignore[assignment]
+        self._resampling = Timed(runner.draw_tokens)  # type: ignore[attr-defined]
+        runner.draw_tokens = self._resampling  # type: ignore[attr-defined]
 
     def parts(self, num_steps: int) -> Parts:
         """Some steps of the streams that are held.
