@@ -109,17 +109,21 @@ def _exp_block(x: F32, e: F32) -> np.float32:
 
 
 @_plain
+def _spread_block(z: F32, top: np.float32, x: F32, e: F32, start: int) -> np.float32:
+    own, block = z[start : start + BLOCK], x[start : start + BLOCK]
+    for i in range(len(own)):
+        block[i] = own[i] - top
+    for i in range(len(own), BLOCK):
+        block[i] = -np.inf
+    return np.float32(_exp_block(block, e[start : start + BLOCK]))
+
+
+@_plain
 def spread(z: F32, top: np.float32, x: F32, e: F32) -> float:
     """`x = z - top`, -inf in what is beyond z, and `e = exp x`; the sum of e."""
     total = 0.0
     for start in range(0, len(x), BLOCK):
-        own = z[start : start + BLOCK]
-        block = x[start : start + BLOCK]
-        for i in range(len(own)):
-            block[i] = own[i] - top
-        for i in range(len(own), BLOCK):
-            block[i] = -np.inf
-        total += _exp_block(block, e[start : start + BLOCK])
+        total += _spread_block(z, top, x, e, start)
     return total
 
 
@@ -140,13 +144,14 @@ def _gain_block(e: F32, a: F32, b: F32) -> np.float32:
 
 
 @_plain
-def gain(e: F32, a: F32, b: F32) -> float:
-    """`Σ e (a - b)` where e has mass."""
-    total = 0.0
-    for start in range(0, len(e), BLOCK):
-        end = start + BLOCK
-        total += _gain_block(e[start:end], a[start:end], b[start:end])
-    return total
+def spread_aligner(z: F32, top: np.float32, room: Room) -> tuple[float, float]:
+    """`spread` to y and e_y, while the block is at hand `Σ e_x (x - y)` too."""
+    total, gain = 0.0, 0.0
+    for start in range(0, len(room.y), BLOCK):
+        b = slice(start, start + BLOCK)
+        total += _spread_block(z, top, room.y, room.e_y, start)
+        gain += _gain_block(room.e_x[b], room.x[b], room.y[b])
+    return total, gain
 
 
 @_sums
@@ -311,13 +316,18 @@ def _weigh_block(e_x: F32, e_s: F32, share: np.float32) -> tuple[np.float32, np.
 
 
 @_plain
-def sample_size(e_x: F32, e_s: F32, share: np.float32, mass: float) -> float:
-    """`(Σ m w)² / (Σ m · Σ m w²)` on the nucleus: see `telemetry.effective_sample_size`."""
-    first, second = 0.0, 0.0
-    for start in range(0, len(e_x), BLOCK):
-        found = _weigh_block(e_x[start : start + BLOCK], e_s[start : start + BLOCK], share)
+def spread_scores(top: np.float32, share: np.float32, mass: float, room: Room) -> tuple[float, float, float]:
+    """`spread` of s to e_s, with `Σ e_s (s - x)` and `telemetry.effective_sample_size`."""
+    total, gain, first, second = 0.0, 0.0, 0.0, 0.0
+    for start in range(0, len(room.s), BLOCK):
+        b = slice(start, start + BLOCK)
+        total += _spread_block(room.s, top, room.s, room.e_s, start)
+        gain += _gain_block(room.e_s[b], room.s[b], room.x[b])
+        found = _weigh_block(room.e_x[b], room.e_s[b], share)
         first, second = first + found[0], second + found[1]
-    return min(first * first / (mass * second), 1.0) if second > 0 else 0.0
+    # (Σ m w)² / (Σ m · Σ m w²) on the nucleus.
+    size = min(first * first / (mass * second), 1.0) if second > 0 else 0.0
+    return total, gain, size
 
 
 @_plain

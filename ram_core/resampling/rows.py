@@ -16,12 +16,12 @@ from ram_core.resampling.kernel import (
     drop,
     find_top,
     first_top,
-    gain,
     leave_only,
     list_top,
-    sample_size,
     score,
     spread,
+    spread_aligner,
+    spread_scores,
     temper,
     token_noise,
     truncate,
@@ -36,32 +36,29 @@ _MIN_TEMPERATURE = np.float32(MIN_TEMPERATURE)
 @_plain
 def _align(logits: Logits, asked: Asked, told: Told, room: Room, row: int, sum_x: float, size: int) -> bool:
     """Score the nucleus, tell what the aligner did; whether its scores stand in the buffers."""
-    x, y, e_x, e_y, s, e_s = room.x, room.y, room.e_x, room.e_y, room.s, room.e_s
     own = logits.aligner[logits.aligner_row[row]][:size]
     top, is_bad = find_top(own)
     told.is_bad[row] = is_bad
     if is_bad or asked.mode[row] == _PROPOSAL:
         return False
-    sum_y = spread(own, top, y, e_y)
-    kl_p_q = max(gain(e_x, x, y) / sum_x - math.log(sum_x) + math.log(sum_y), 0.0)
-    mass = e_x
+    sum_y, gain = spread_aligner(own, top, room)
+    told.kl_p_q[row] = max(gain / sum_x - math.log(sum_x) + math.log(sum_y), 0.0)
+    mass = room.e_x
     if asked.proposal_temperature[row] != 1:
-        temper(x, max(asked.proposal_temperature[row], _MIN_TEMPERATURE), s, e_s)
-        mass = e_s
+        temper(room.x, max(asked.proposal_temperature[row], _MIN_TEMPERATURE), room.s, room.e_s)
+        mass = room.e_s
     cut = truncate(mass, size, asked.proposal_top_k[row], asked.proposal_top_p[row], np.float32(0), room)
     share = np.float32(asked.mode[row] == _PRODUCT)
     top_s, in_x, in_y = score(room, mass, cut, logits.strength[row], share)
-    told.kl_p_q[row] = kl_p_q
     told.aligner_mass[row] = min(in_y / sum_y, 1.0)
     is_empty = top_s == -np.inf
     told.is_fallback[row] = is_empty or told.kl_p_q[row] > asked.kl_threshold[row]
     if is_empty:
         return False
-    sum_s = spread(s, top_s, s, e_s)
-    told.ess[row] = sample_size(e_x, e_s, share, in_x)
+    sum_s, gain, told.ess[row] = spread_scores(top_s, share, in_x, room)
     if told.is_fallback[row]:
         return False
-    told.kl_pi_p[row] = max(gain(e_s, s, x) / sum_s - math.log(sum_s) + math.log(sum_x), 0.0)
+    told.kl_pi_p[row] = max(gain / sum_s - math.log(sum_s) + math.log(sum_x), 0.0)
     return True
 
 
