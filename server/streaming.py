@@ -92,8 +92,8 @@ class ChunkStream(EventSourceResponse):
         try:
             delta: Delta | None = await self._first
             while delta is not None:
-                for chunk in self._renderer.chunks(delta):
-                    yield _event(chunk)
+                if chunks := [_event(chunk) for chunk in self._renderer.chunks(delta)]:
+                    yield b"".join(chunks)
                 delta = await anext(self._generation, None)
             if self._wants_usage:
                 yield _event(self._renderer.usage_chunk(count_usage(self._generation)))

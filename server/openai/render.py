@@ -15,6 +15,7 @@ from openai.types.chat.chat_completion_chunk import ChoiceDelta
 from openai.types.chat.chat_completion_token_logprob import TopLogprob
 from openai.types.completion_usage import CompletionTokensDetails, PromptTokensDetails
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from ram_core.engine.detokenizer import token_bytes, token_text
 from ram_core.engine.messages import FinishReason, StepTelemetry, TokenEvent
@@ -39,6 +40,8 @@ from server.openai.schema import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_FILLER = f'"{uuid.uuid4().hex}"'
+"""A text, as JSON, that no model's name holds."""
 NOT_FINITE_LOG_PROB = -9999.0
 """What OpenAI reports where a log-probability is no number."""
 
@@ -98,6 +101,7 @@ class _Head:
         self._tokenizer = tokenizer
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._frames: dict[int, tuple[str, str]] = {}
 
     def _fields(self, object_name: str) -> dict[str, Any]:
         return {"id": self.id, "object": object_name, "created": self._created, "model": self._ask.model}
@@ -105,6 +109,23 @@ class _Head:
     def _chunk_fields(self) -> dict[str, Any]:
         usage: dict[str, Any] = {"usage": None} if self._ask.wants_usage else {}
         return self._fields(self.chunk_object) | usage
+
+    def _text_chunk(self, index: int, text: str) -> str:
+        """A chunk that holds text and nothing else: rendered once a choice, and then filled in."""
+        if index not in self._frames:
+            before, after = self._text_frame(index).split(_FILLER)
+            self._frames[index] = (before, after)
+        before, after = self._frames[index]
+        return f"{before}{to_json(text).decode()}{after}"
+
+    def _text_frame(self, index: int) -> str:
+        """The chunk whose text is `_FILLER`."""
+        raise NotImplementedError
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether chunks tell nothing of their tokens but the text."""
+        return not (self._ask.wants_log_probs or self._ask.wants_telemetry)
 
     def _summary(self, tally: Tally) -> dict[str, Any]:
         return {"alignment": summarize(self._ask, tally)} if self._ask.wants_telemetry else {}
@@ -132,11 +153,17 @@ class ChatRenderer(_Head):
     def chunks(self, delta: Delta) -> Iterable[str]:
         if delta.is_first:
             yield self._chunk(delta.index, ChoiceDelta(role="assistant", content=""))
-        if delta.text or (delta.tokens and (self._ask.wants_log_probs or self._ask.wants_telemetry)):
+        if self._is_plain:
+            if delta.text:
+                yield self._text_chunk(delta.index, delta.text)
+        elif delta.text or delta.tokens:
             yield self._chunk(delta.index, ChoiceDelta(content=delta.text), tokens=delta.tokens)
         if delta.finish_reason is not None:
             summary = self._summary(delta.tally or Tally())
             yield self._chunk(delta.index, ChoiceDelta(), delta.finish_reason, summary=summary)
+
+    def _text_frame(self, index: int) -> str:
+        return self._chunk(index, ChoiceDelta(content=_FILLER[1:-1]))
 
     def usage_chunk(self, usage: CompletionUsage) -> str:
         return _json(AlignedChatChunk(choices=[], **self._fields(self.chunk_object) | {"usage": usage}))
@@ -211,9 +238,16 @@ class CompletionRenderer(_Head):
         is_over = delta.finish_reason is not None
         if not (delta.text or delta.tokens or is_over or delta.is_first):
             return
+        if self._is_plain and not is_over:
+            yield self._text_chunk(delta.index, delta.text)
+            return
         summary = self._summary(delta.tally or Tally()) if is_over else {}
         choice = self._choice(delta.index, delta.text, delta.tokens, delta.finish_reason)
         yield _json(AlignedCompletion(choices=[choice], **self._chunk_fields() | summary))
+
+    def _text_frame(self, index: int) -> str:
+        choice = self._choice(index, _FILLER[1:-1], (), None)
+        return _json(AlignedCompletion(choices=[choice], **self._chunk_fields()))
 
     def usage_chunk(self, usage: CompletionUsage) -> str:
         return _json(AlignedCompletion(choices=[], **self._fields(self.chunk_object) | {"usage": usage}))

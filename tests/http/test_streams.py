@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import httpx
 import pytest
 
 from ram_core.engine.messages import FailedEvent, StartedEvent, StepTelemetry, TokenEvent
 from ram_core.errors import NonFiniteLogits
+from server.openai import render
 from tests.http.standin import (
     EOS_ID,
     Gate,
@@ -289,3 +291,24 @@ def test_an_answer_that_ends_at_once_still_has_a_role_and_a_reason(client, engin
     engine.script = lambda request: [TokenEvent(request.request_id, 0, EOS_ID, -0.1, finish_reason="stop")]
     chunks = stream(client, chat())
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [{"role": "assistant", "content": ""}, {}]
+
+
+BODIES = [("/v1/chat/completions", chat()), ("/v1/completions", {"model": "big", "prompt": "Hi"})]
+
+
+@pytest.mark.parametrize(("path", "body"), BODIES, ids=["chat", "text"])
+@pytest.mark.parametrize("wants_usage", [False, True], ids=["plain", "usage"])
+def test_chunks_filled_in_are_those_that_are_rendered(client, engine, monkeypatch, path, body, wants_usage):
+    """The quick way to a chunk of text writes what the slow way writes, byte by byte."""
+    every_char = "".join(map(chr, range(128))) + '\x80é\u2028🙂\\" </script>'
+    engine.script = lambda request: [*say(request, every_char, index=1), *say(request, "dog", index=0)]
+    options = {"stream_options": {"include_usage": True}} if wants_usage else {}
+
+    def text() -> list[str]:
+        answer = client.post(path, json=body | {"stream": True, "n": 2} | options).text
+        return [re.sub(r'"(id|created)":[^,]*', "", chunk) for chunk in events_of(answer)]
+
+    quick = text()
+    monkeypatch.setattr(render._Head, "_is_plain", False)
+    assert text() == quick
+    assert len(quick) > 100
