@@ -71,9 +71,9 @@ class Benchmark:
         parser = Options(self.description)
         self.add_options(parser)
         options = parser.read(arguments)
-        began = time.perf_counter()
+        facts, began = environment(), time.perf_counter()
         found = self.run(options)
-        facts = environment() | {"seconds": f"{time.perf_counter() - began:.0f}"}
+        facts["seconds"] = f"{time.perf_counter() - began:.0f}"
         run = document(self.name, facts, vars(options), self.claims(options), found)
         print(markdown(run))
         if options.json:
