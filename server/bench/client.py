@@ -228,7 +228,11 @@ async def list_models(target: Target) -> list[str]:
     """The names that the server serves; raises `RamError` where it cannot tell."""
     try:
         async with target.open_session(1) as session, session.get(f"{target.base_url}/models") as response:
-            listing = msgspec.json.decode(await response.read())
+            raw = await response.read()
+            if response.status != 200:
+                failure = _refusal(response.status, raw)
+                raise RamError(f"{target.base_url}/models: {failure.label}: {failure.message}")
+            listing = msgspec.json.decode(raw)
             names = [str(model["id"]) for model in listing["data"]]
     except (aiohttp.ClientError, OSError, TimeoutError) as error:
         raise RamError(f"Cannot reach {target.base_url}: {error}") from None

@@ -347,6 +347,15 @@ def test_a_server_that_lists_no_models(listing):
     asyncio.run(play())
 
 
+def test_a_refused_list_of_models_says_why():
+    async def play() -> None:
+        async with raw_server(refuse) as server:
+            with pytest.raises(RamError, match=r"models: HTTP 429 rate_limit_exceeded: No\."):
+                await list_models(Target(server.url))
+
+    asyncio.run(play())
+
+
 def test_a_closed_loop_keeps_its_streams_busy_over_as_many_connections():
     async def script(exchange: Exchange) -> None:
         await asyncio.sleep(0.02)

@@ -44,7 +44,9 @@ LINE_ENDS = [b"\n", b"\r\n", b"\r"]
 @st.composite
 def cut_streams(draw):
     """A stream of events with any line ends, comments between, and the pieces it comes in."""
-    payloads = draw(st.lists(st.text(st.characters(exclude_characters="\r"), max_size=8), max_size=6))
+    payloads = draw(
+        st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=8), max_size=6)
+    )
     end = draw(st.sampled_from(LINE_ENDS))
     blocks = []
     for payload in payloads:
