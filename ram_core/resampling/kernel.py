@@ -31,6 +31,8 @@ from ram_core.resampling.params import MIN_TEMPERATURE, Mode
 Cut = tuple[int, int]
 
 BLOCK = 1024
+# Tokens that are skipped at once if none of them is among the best.
+STRETCH = 128
 # Sums of units stay below 2**62.
 MAX_VOCAB_SIZE = 1 << 18
 NUM_BINS = 1024
@@ -355,11 +357,11 @@ def draw(e: F32, noise: float, sums: I64) -> tuple[int, float]:
         sums[block] = _units_block(e[block * BLOCK : (block + 1) * BLOCK])
         total += sums[block]
     wanted, block = int(noise * np.float64(total)), 0
-    while wanted >= sums[block]:
+    while wanted >= sums[block] and block < len(sums) - 1:
         wanted -= sums[block]
         block += 1
     token = block * BLOCK
-    while wanted >= units(e[token]):
+    while wanted >= units(e[token]) and token < len(e) - 1:
         wanted -= units(e[token])
         token += 1
     return token, math.log(np.float64(total) / _UNITS)
@@ -411,9 +413,9 @@ def list_top(x: F32, size: int, values: F32, ids: I64) -> None:
         values[i], ids[i] = x[i], i
     for place in range(num // 2 - 1, -1, -1):
         _sink(values, ids, place, num)
-    for start in range(num, size, BLOCK):
-        end = min(start + BLOCK, size)
-        # Few blocks hold anything better, and the vector units find the others fast.
+    for start in range(num, size, STRETCH):
+        end = min(start + STRETCH, size)
+        # Few stretches hold anything better, and the vector units find the others fast.
         if _largest(x[start:end]) > values[0]:
             for i in range(start, end):
                 if x[i] > values[0]:

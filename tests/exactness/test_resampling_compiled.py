@@ -275,6 +275,37 @@ def test_each_row_goes_the_way_that_its_own_request_asks_for():
     assert [alone for (alone,) in seen] == [True] * len(covered) + [False] * len(others)
 
 
+@pytest.mark.parametrize("size", [20, 21, 150, 1500])
+def test_the_best_alternatives_are_those_of_a_stable_sort(size):
+    """Rounded logits, so that many are equal: lower ids come first."""
+    asked = batch(6, size)
+    logits = (asked["proposal_logits"] * 2).round()
+    logits[0, :] = 1.0
+    asked |= {"proposal_logits": logits, "aligner_logits": []}
+    draws = draw_tokens(**asked)
+    best = logits.sort(dim=-1, descending=True, stable=True).indices[:, :20]
+    assert torch.equal(draws.top_token, best)
+    expected = logits.log_softmax(-1).gather(-1, best)
+    torch.testing.assert_close(draws.top_log_prob, expected, rtol=1e-6, atol=1e-5)
+
+
+def test_a_nucleus_may_end_among_equals_in_any_block():
+    """A flat proposal: half of its mass are the lower half of the ids."""
+    asked = batch(1, 3000)
+    asked["params"] = replace(asked["params"], proposal_top_p=torch.tensor([0.5]))
+    asked["features"] = replace(asked["features"], max_top_log_probs=3000)
+    draws = draw_tokens(**(asked | {"proposal_logits": torch.zeros(1, 3000)}))
+    kept = draws.top_token[draws.top_log_prob.isfinite()]
+    assert kept.sort().values.tolist() == list(range(1500))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_nan_of_either_sign_is_bad(sign):
+    asked = batch(3, 700)
+    asked["proposal_logits"][1, 600] = math.copysign(math.nan, sign)
+    assert draw_tokens(**asked).is_bad.tolist() == [False, True, False]
+
+
 # Compiling
 
 
