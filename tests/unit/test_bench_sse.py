@@ -59,6 +59,14 @@ def cut_streams(draw):
     return [payload.encode() for payload in payloads], pieces
 
 
+@pytest.mark.parametrize("end", LINE_ENDS)
+def test_no_single_cut_changes_anything(end):
+    """Every place, so also between the CR and the LF of a line within an event."""
+    raw = b"data: a\ndata: b\n\n: c\n\ndata: d\n\n".replace(b"\n", end)
+    for cut in range(len(raw) + 1):
+        assert parse(raw[:cut], b"", raw[cut:]) == [b"a\nb", b"d"]
+
+
 @given(cut_streams())
 def test_cuts_change_nothing(stream):
     payloads, pieces = stream
