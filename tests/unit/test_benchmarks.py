@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from transformers import AutoModelForCausalLM
 
 import benchmarks
 from benchmarks import overhead, report
+from benchmarks.__main__ import NAMES
+from benchmarks.__main__ import main as run_several
 from benchmarks.aligners import spread
 from benchmarks.common import Options, Pair, percentile, random_prompts
 from benchmarks.decode import slope_ms
@@ -158,6 +162,27 @@ def test_quick_settings_are_smaller_and_flags_win_over_them():
     assert (plain.rounds, plain.batches) == (5, [1, 8])
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("size", [[], ["--quick"]])
+def test_every_command_says_beforehand_what_it_expects(name, size):
+    benchmark = importlib.import_module(f"benchmarks.{name}").BENCHMARK
+    options = Options(benchmark.description)
+    benchmark.add_options(options)
+    claims = benchmark.claims(options.read(size))
+    assert benchmark.name == name
+    assert claims
+    assert len({claim.name for claim in claims}) == len(claims)
+    if not size:
+        assert all(claim.expected is not None for claim in claims)
+
+
+def test_a_command_that_does_not_exist_is_refused_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run_several(["decode", "unheard_of", "--results", str(tmp_path / "results")])
+    assert "unheard_of" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
 class Stubborn:
     def __init__(self, greeting: str) -> None:
         self._greeting = greeting
@@ -180,8 +205,6 @@ def test_a_worker_answers_tells_its_own_memory_and_passes_on_what_failed():
 
 
 def test_the_memory_of_a_tree_is_that_of_all_its_processes():
-    import os
-
     alone = tree_peak_mib(os.getpid())
     with worker(Stubborn, "Hello") as there:
         there.ask("greet", "you")
