@@ -222,6 +222,17 @@ def test_steps_of_several_callers_at_once_do_not_mix():
     assert not wrong
 
 
+def test_rows_of_different_aligners_draw_what_they_draw_with_one():
+    asked = batch(6, 500)
+    whole = asked["aligner_logits"][0]
+    parts = [
+        AlignerLogits(torch.tensor(rows), whole.logits[rows], whole.strength[rows])
+        for rows in ([0, 2, 5], [1, 3, 4])
+    ]
+    one, other = (bits(draw_tokens(**(asked | {"aligner_logits": terms}))) for terms in ([whole], parts))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
 @pytest.mark.parametrize("draw", laws.WAYS.values(), ids=laws.WAYS)
 @pytest.mark.parametrize("num_aligners", [1, 2])
 def test_padding_rows_of_a_static_batch_are_ignored(draw, num_aligners):
@@ -257,6 +268,7 @@ def test_each_row_goes_the_way_that_its_own_request_asks_for():
     others = [
         row(1.0, mode=Resampling.CANDIDATES),
         row(1.0, 1.0),
+        row(1.0, 1.0, mode=Resampling.PROPOSAL),
         row(-1.0),
         row(1.0, bias=bias),
         row(bias=bias * np.nan),
