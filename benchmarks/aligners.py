@@ -43,7 +43,7 @@ def add_options(options: Options) -> None:
 
 def run(options: argparse.Namespace) -> Outcome:
     max_batch = max(options.batches)
-    num_tokens = options.prompt + options.steps * (options.rounds + 1) + 32
+    num_tokens = options.prompt + (options.steps + 1) * options.rounds + 32
     with checkpoints(options, max(options.counts)) as pair, ExitStack() as stack:
         workers = {}
         for count in options.counts:

@@ -61,7 +61,7 @@ def cases(options: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def run(options: argparse.Namespace) -> Outcome:
-    steps = (options.steps + 1) * options.rounds + 16
+    steps = (options.steps + 1) * options.rounds + 32
     max_batch = max(options.batches)
 
     def room(*, is_aligned: bool) -> int:

@@ -71,16 +71,24 @@ class EngineWay:
     def hold(self, prompts: Sequence[Sequence[int]], aligners: Sequence[int] | None = None) -> None:
         """Start streams that go on until they are released; return when each has drawn a token.
 
+        Their prompts are read once before, so that all begin together behind what the prefix cache kept:
+        else the first would write hundreds of tokens while the prompts of the last are read.
+
         Raises:
             RuntimeError: the engine has no room for all of them at once.
         """
         chosen = aligners if aligners is not None else [self._default] * len(prompts)
+        for prompt, aligner in zip(prompts, chosen, strict=True):
+            self._ask(prompt, 1, aligner)
+        while self.engine.has_work:
+            self._advance()
         self._held = [self._ask(prompt, 0, aligner) for prompt, aligner in zip(prompts, chosen, strict=True)]
         waiting = set(self._held)
         while waiting:
             waiting -= self._advance()
-        if self.engine.stats.num_running != len(self._held):
-            raise RuntimeError(f"only {self.engine.stats.num_running} of {len(self._held)} streams run")
+        stats = self.engine.stats
+        if stats.num_running != len(self._held) or stats.num_preemptions:
+            raise RuntimeError(f"there is no room for {len(self._held)} streams at once")
 
     def steps(self, num_steps: int) -> Stretch:
         """Go on with the streams that are held."""

@@ -245,10 +245,18 @@ def test_a_newcomer_does_not_stop_the_streams_that_run(pair):
     assert first_s >= sum(stretch.steps_s)
 
 
+def test_streams_begin_together_however_long_their_prompts_are(pair):
+    options = Options("…").read(["--pair", "tiny"])
+    room = pair.kv_bytes(8, 400 + 16, "float32")
+    way = EngineWay(Job(pair.proposal, pair.aligners, "cpu", "float32", 8, room))
+    way.hold(random_prompts(options, 8, 400, seed=0))
+    assert way.engine.stats.num_running == 8
+
+
 def test_streams_that_do_not_fit_are_an_error_and_no_measurement(pair):
     options = Options("…").read(["--pair", "tiny"])
     way = EngineWay(Job(pair.proposal, pair.aligners, "cpu", "float32", 2, pair.kv_bytes(2, 64, "float32")))
-    with pytest.raises(RuntimeError, match="streams run"):
+    with pytest.raises(RuntimeError, match="no room for 3 streams"):
         way.hold(random_prompts(options, 3, 16, seed=0))
 
 
