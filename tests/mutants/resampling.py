@@ -246,7 +246,6 @@ RESAMPLING_MUTANTS = [
         ("is_empty or told.kl_p_q[row] > asked", "told.kl_p_q[row] > asked"),
         ("told.kl_p_q[row] > asked", "told.kl_p_q[row] >= asked"),
         ("- math.log(sum_x) + math.log(sum_y), 0.0)", "+ math.log(sum_y), 0.0)"),
-        ("max(asked.proposal_temperature[row], _MIN_TEMPERATURE)", "asked.proposal_temperature[row]"),
         ("        mass = room.e_s\n", "        pass\n"),
         ("min(in_y / sum_y, 1.0)", "min(in_x / sum_x, 1.0)"),
         ("asked.mode[row] == _PRODUCT", "asked.mode[row] > 0"),
