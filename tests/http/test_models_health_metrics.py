@@ -122,6 +122,8 @@ def test_an_aligned_request_is_measured_once_under_both_names(client, engine):
     assert new[f"ram_kl_p_q_nats_sum{own}"] == 0.5 * (num_tokens - 1)
     assert new[f"ram_kl_pi_p_nats_sum{own}"] == 0.25 * num_tokens
     assert new[f"ram_ess_fraction_sum{own}"] == 0.75 * num_tokens
+    assert new['ram_ess_fraction_bucket{aligner="polite",le="0.8"}'] == num_tokens
+    assert 'ram_ess_fraction_bucket{aligner="polite",le="0.7"}' not in new
     assert new[f"ram_time_to_first_token_seconds_count{own}"] == 1
     assert new[f"ram_inter_token_latency_seconds_count{own}"] == num_tokens - 1
     assert new[f"ram_e2e_request_latency_seconds_count{own}"] == 1

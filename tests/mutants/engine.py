@@ -19,6 +19,8 @@ _CHOICES = f"{_ENGINE}::test_choices_of_one_request_differ_and_the_first_is_that
 _STARTS = f"{_ENGINE}::test_a_request_starts_once_however_often_it_is_preempted"
 _BAD = f"{_ENGINE}::test_a_request_with_bad_logits_fails_alone"
 _TOP = f"{_ENGINE}::test_each_request_of_a_batch_is_told_as_many_alternatives_as_it_asked_for"
+_PROCESS = "tests/unit/test_process.py"
+_FAULTS = "tests/faults/test_engine_death.py"
 
 ENGINE_MUTANTS = [
     *mutants(
@@ -281,5 +283,35 @@ ENGINE_MUTANTS = [
         ("while not self._engine.has_work or not self._inbox.empty():", "while not self._engine.has_work:"),
         ("            self._stats = self._engine.stats\n        return True", "        return True"),
         ('            trouble = "the engine has died"\n', ""),
+    ),
+    *mutants(
+        "ram_core/engine/wire.py",
+        f"{_PROCESS}::test_every_error_arrives_as_what_it_is",
+        ("_ERRORS[name](message, **fields)", "RamError(message)"),
+    ),
+    *mutants(
+        "ram_core/engine/worker.py",
+        f"{_PROCESS}::test_a_step_is_one_message_and_idling_is_told_too",
+        ("0 if engine.has_work else HEARTBEAT_S", "HEARTBEAT_S"),
+    ),
+    *mutants(
+        "ram_core/engine/worker.py",
+        f"{_FAULTS}::test_no_engine_outlives_its_server",
+        ("    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)\n", ""),
+    ),
+    *mutants(
+        "ram_core/engine/process.py",
+        f"{_FAULTS}::test_signals_for_the_whole_group_do_not_end_the_engine",
+        ("signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM)", "signal.SIG_BLOCK, ()"),
+    ),
+    *mutants(
+        "ram_core/engine/supervisor.py",
+        f"{_PROCESS}::test_pauses_before_restarts_grow_to_a_limit",
+        ("min(num_deaths - 2, 10)", "(num_deaths - 2)"),
+    ),
+    *mutants(
+        "ram_core/engine/streams.py",
+        f"{_PROCESS}::test_a_death_frees_all_places_even_those_of_loops_that_are_gone",
+        ("{}\n            self._num_open = 0", "{}"),
     ),
 ]  # fmt: skip
