@@ -135,18 +135,19 @@ class PagedAttention:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     @staticmethod
-    def _gather(memory: Tensor, pages: Tensor) -> Tensor:
-        """The tokens of pages, [token, kv_head, dim]; `memory[pages]` can take three times as long."""
-        return memory.index_select(0, pages).flatten(0, 1)
+    def _gather(memory: Tensor, pages: Tensor, num_rows: int) -> Tensor:
+        """The tokens in each row's pages, [row, token, kv_head, dim].
+
+        `memory[pages]` would do the same, and can take three times as long.
+        """
+        return memory.index_select(0, pages).view(num_rows, -1, *memory.shape[2:])
 
     def _decode(self, layer: int, query: Tensor, scaling: float | None, window: int | None) -> Tensor:
         """All rows of one token in a single call; the heads of a group share their keys as queries do."""
         num_heads, num_rows, dim = query.shape
         view = self._decode_view(window, query.dtype)
-        keys = self._gather(self.pool.keys[layer], view.pages).unflatten(0, (num_rows, -1)).transpose(1, 2)
-        values = (
-            self._gather(self.pool.values[layer], view.pages).unflatten(0, (num_rows, -1)).transpose(1, 2)
-        )
+        keys = self._gather(self.pool.keys[layer], view.pages, num_rows).transpose(1, 2)
+        values = self._gather(self.pool.values[layer], view.pages, num_rows).transpose(1, 2)
         grouped = query.transpose(0, 1).reshape(num_rows, keys.shape[1], -1, dim)
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=view.mask, scale=scaling)
         return out.reshape(num_rows, num_heads, -1)
@@ -157,8 +158,8 @@ class PagedAttention:
         """One row of several tokens, over all of its context, cached or new."""
         context = self.batch.host_context_lens[row]
         pages = self.batch.page_table[row, : -(-context // self.batch.page_size)]
-        keys = self._gather(self.pool.keys[layer], pages)[:context].transpose(0, 1)
-        values = self._gather(self.pool.values[layer], pages)[:context].transpose(0, 1)
+        keys = self._gather(self.pool.keys[layer], pages, 1)[0, :context].transpose(0, 1)
+        values = self._gather(self.pool.values[layer], pages, 1)[0, :context].transpose(0, 1)
         # Heads of a group go into the batch axis, over which keys are expanded without a copy.
         grouped = query.reshape(keys.shape[0], -1, *query.shape[1:]).transpose(0, 1)
         groups = grouped.shape[0]

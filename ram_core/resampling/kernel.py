@@ -174,7 +174,8 @@ def _count(e: F32, size: int, has_units: bool, room: Room) -> int:
     for place in range(len(histogram)):
         histogram[place] = 0
     for i in range(size):
-        digit = np.float32(e[i]).view(np.int32) >> 20
+        # Masses up to 1 have ten bits here; the mask keeps whatever else inside the histogram.
+        digit = (np.float32(e[i]).view(np.int32) >> 20) & (NUM_BINS - 1)
         histogram[digit * NUM_LANES + (i & (NUM_LANES - 1))] += units(e[i]) if has_units else 1
     for place in range(len(histogram)):
         total += histogram[place]
