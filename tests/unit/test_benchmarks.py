@@ -247,10 +247,11 @@ def test_a_newcomer_does_not_stop_the_streams_that_run(pair):
 
 def test_streams_begin_together_however_long_their_prompts_are(pair):
     options = Options("…").read(["--pair", "tiny"])
-    room = pair.kv_bytes(8, 400 + 16, "float32")
-    way = EngineWay(Job(pair.proposal, pair.aligners, "cpu", "float32", 8, room))
-    way.hold(random_prompts(options, 8, 400, seed=0))
-    assert way.engine.stats.num_running == 8
+    room = pair.kv_bytes(4, 1600 + 200, "float32")
+    way = EngineWay(Job(pair.proposal, pair.aligners, "cpu", "float32", 4, room))
+    way.hold(random_prompts(options, 4, 1600, seed=0))
+    assert way.engine.stats.num_running == 4
+    assert way.engine.stats.num_pages_used <= 4 * (1600 + 16) // 16
 
 
 def test_streams_that_do_not_fit_are_an_error_and_no_measurement(pair):
