@@ -99,7 +99,8 @@ class Settings(BaseSettings):
     kv_memory: Size | None = None
     page_size: int | None = Field(default=None, ge=1)
     max_batch: int | None = Field(default=None, ge=1)
-    max_step_tokens: int | None = Field(default=None, ge=1)
+    max_step_tokens: int | None = Field(default=None, ge=0)
+    max_chunk_tokens: int | None = Field(default=None, ge=0)
     max_queue: int | None = Field(default=None, ge=0)
     prefix_cache: bool | None = None
     is_overlapping: bool | None = None
@@ -151,6 +152,7 @@ class Settings(BaseSettings):
             "page_size": self.page_size,
             "max_batch": self.max_batch,
             "max_step_tokens": self.max_step_tokens,
+            "max_chunk_tokens": self.max_chunk_tokens,
             "max_queue": self.max_queue,
             "prefix_cache": self.prefix_cache,
             "is_overlapping": self.is_overlapping,

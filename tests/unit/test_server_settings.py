@@ -109,6 +109,7 @@ def test_every_engine_knob_can_be_set(tmp_path):
         "page_size": 7,
         "max_batch": 5,
         "max_step_tokens": 55,
+        "max_chunk_tokens": 44,
         "max_queue": 3,
         "prefix_cache": False,
         "is_overlapping": True,
