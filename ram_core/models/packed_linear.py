@@ -2,42 +2,50 @@
 
 A decoding step multiplies a few rows by every weight. PyTorch's plain float32 product is at its worst there:
 with 8 rows it takes 1.6 times as long as oneDNN's on a weight that was laid out for it beforehand, with a
-vocabulary's width 2.5 times (`benchmarks/README.md`). The layout is what PyTorch's own compiler uses when it
-freezes a model.
+vocabulary's width 2.5 times. One or two rows are better off with the plain weight, which small models keep
+beside the other. The layout is what PyTorch's own compiler uses when it freezes a model.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 # Rows that the layout is made for; it serves any number.
 _TYPICAL_ROWS = 32
+# Up to so many, the plain weight is read faster.
+_MAX_PLAIN_ROWS = 2
+_MAX_PLAIN_BYTES = 2 << 30
+"""Models whose packed weights take more do not keep plain ones as well."""
 # Kernels are made for each number of rows, which takes milliseconds: above this they come in eights.
 _MAX_EXACT_ROWS = 8
 
 
 class PackedLinear(nn.Module):
-    """A float32 `nn.Linear` on CPU, for inference alone; its own weight is let go."""
+    """A float32 `nn.Linear` on CPU, for inference alone; its plain weight is let go unless `keeps_plain`."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, *, keeps_plain: bool) -> None:
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.bias = linear.bias
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TYPICAL_ROWS)
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.bias = layer.bias
+        weight = layer.weight.detach()
+        self._plain = weight if keeps_plain else None
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
     @property
     def weight(self) -> Tensor:
-        """A dense copy of the weight, for models that look at it."""
-        dense: Tensor = self._packed.to_dense()
-        return dense
+        """The plain weight, or a copy in its layout, for models that look at it; not for writing."""
+        plain: Tensor = self._packed.to_dense() if self._plain is None else self._plain
+        return plain
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, for `x` of shape [..., in_features]."""
+        num_rows = x.numel() // self.in_features
+        if num_rows <= _MAX_PLAIN_ROWS and self._plain is not None:
+            return linear(x, self._plain, self.bias)
         rows = x.reshape(-1, self.in_features)
-        num_rows = len(rows)
         if num_rows > _MAX_EXACT_ROWS and num_rows % 8:
             rows = pad(rows, (0, 0, 0, -num_rows % 8))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
@@ -48,11 +56,16 @@ def pack_linears(model: nn.Module) -> None:
     """Replace every float32 `nn.Linear` of a model on CPU; does nothing where PyTorch lacks oneDNN."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            # Not its subclasses: these may do more than multiply.
-            if type(child) is nn.Linear and _is_packable(child.weight):
-                setattr(parent, name, PackedLinear(child))
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        # Not its subclasses: these may do more than multiply.
+        if type(child) is nn.Linear and _is_packable(child.weight)
+    ]
+    keeps_plain = sum(child.weight.nbytes for _, _, child in found) <= _MAX_PLAIN_BYTES
+    for parent, name, child in found:
+        setattr(parent, name, PackedLinear(child, keeps_plain=keeps_plain))
 
 
 def _is_packable(weight: Tensor) -> bool:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
+from ram_core.models import packed_linear
 from ram_core.models.packed_linear import PackedLinear, pack_linears
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("keeps_plain", [True, False])
 @pytest.mark.parametrize("shape", [(1, 24), (8, 24), (9, 24), (16, 24), (2, 37, 24), (1, 130, 24), (24,)])
-def test_products_are_those_of_the_plain_layer(shape: tuple[int, ...], has_bias: bool) -> None:
+def test_products_are_those_of_the_plain_layer(
+    shape: tuple[int, ...], keeps_plain: bool, has_bias: bool
+) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(24, 40, bias=has_bias)
     x = torch.randn(shape)
     with torch.inference_mode():
-        packed = PackedLinear(linear)
-        ours, exact = packed(x), linear.double()(x.double())
-        assert torch.equal(packed.weight, linear.float().weight)
+        packed = PackedLinear(linear, keeps_plain=keeps_plain)
+        ours, exact = packed(x), deepcopy(linear).double()(x.double())
+        assert torch.equal(packed.weight, linear.weight)
     assert ours.shape == exact.shape
     assert (ours - exact).abs().max() < 2e-6
 
@@ -41,6 +47,17 @@ def test_only_plain_float32_layers_are_replaced() -> None:
     assert (kinds["odd"], kinds["bf16"]) == ("Odd", "Linear")
     # The bias is all that is left of a packed layer's parameters.
     assert [tuple(p.shape) for p in model["plain"].parameters()] == [(4,)]
+
+
+def test_a_large_model_keeps_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_linear, "_MAX_PLAIN_BYTES", 2 * 16 * 4)
+    small = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    large = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    pack_linears(small)
+    pack_linears(large)
+    # Asked twice, a kept weight is the same; what is not kept is made anew.
+    assert all(layer.weight is layer.weight for layer in small)
+    assert not any(layer.weight is layer.weight for layer in large)
 
 
 def test_a_tied_head_leaves_the_embedding_as_it_is() -> None:
