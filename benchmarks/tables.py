@@ -101,7 +101,8 @@ def document(
     return {
         "benchmark": name,
         "environment": dict(environment),
-        "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
+        # Where files lie on the machine is nobody's business.
+        "options": {key: value for key, value in options.items() if not isinstance(value, Path)},
         "tables": [asdict(table) for table in [*found.tables, claims_table(claims, found.figures)]],
         "notes": list(found.notes),
     }
