@@ -71,7 +71,12 @@ def serve(
     kv_memory: Annotated[str | None, typer.Option(help="Room for keys and values, such as 2GiB.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
     max_step_tokens: Annotated[int | None, typer.Option(help="Tokens that enter a step.")] = None,
+    max_chunk_tokens: Annotated[int | None, typer.Option(help="Of these, prompts beside streams.")] = None,
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.")] = None,
+    prefix_cache: Annotated[
+        bool | None, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep known prefixes of prompts.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="process, or thread: in the server's own.")] = None,
     max_body_bytes: Annotated[str | None, typer.Option(help="Largest request, such as 4MiB.")] = None,
     drain_s: Annotated[float | None, typer.Option(help="Unready, but open, so long after SIGTERM.")] = None,
     shutdown_grace_s: Annotated[float | None, typer.Option(help="Time for running answers to end.")] = None,
@@ -99,7 +104,10 @@ def serve(
             kv_memory=kv_memory,
             max_batch=max_batch,
             max_step_tokens=max_step_tokens,
+            max_chunk_tokens=max_chunk_tokens,
             max_queue=max_queue,
+            prefix_cache=prefix_cache,
+            engine=engine,
             max_body_bytes=max_body_bytes,
             drain_s=drain_s,
             shutdown_grace_s=shutdown_grace_s,
