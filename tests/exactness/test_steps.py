@@ -18,7 +18,7 @@ from ram_core.models.packing import PackedBatch
 from ram_core.params import SamplingParams
 from tests.exactness.test_engine import ALIGNED, IDENTITY, PROMPTS, TERSE, TWICE, anew, make_config
 
-KINDS = [IDENTITY, ALIGNED, TERSE, TWICE]
+KINDS = [ALIGNED, IDENTITY, TERSE, TWICE]
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +118,13 @@ def drain(engine: Engine) -> list[object]:
     return events
 
 
+@pytest.mark.parametrize("is_overlapping", [False, True])
 def test_steps_that_only_draw_have_few_shapes_and_draw_the_same(
-    loaded: Engine, monkeypatch: pytest.MonkeyPatch
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch, is_overlapping: bool
 ) -> None:
     plain = serve(anew(loaded), mixed_requests())
     # Without the cache all lanes of a sequence are equally far, so the proposal's batch tells of all models.
-    engine = anew(loaded, has_static_shapes=True, prefix_cache=False)
+    engine = anew(loaded, has_static_shapes=True, prefix_cache=False, is_overlapping=is_overlapping)
     shapes: set[tuple[int, ...]] = set()
     sampled: set[tuple[int, ...]] = set()
     proposal = engine.bank.proposal

@@ -161,7 +161,6 @@ ENGINE_MUTANTS = [
     *mutants(
         "ram_core/engine/runner.py",
         _CACHE,
-        ("            if start == row.end:\n                continue\n", ""),
         ("if row.lane_starts[lane] < row.end]", "if row.start < row.end]"),
     ),
     *mutants(
@@ -202,8 +201,7 @@ ENGINE_MUTANTS = [
     *mutants(
         "ram_core/engine/runner.py",
         _STOPS,
-        ("telemetry=None\n                if request.alignment.is_identity\n                else",
-         "telemetry="),
+        ("telemetry=None\n        if request.alignment.is_identity\n        else ", "telemetry="),
     ),
     *mutants(
         "ram_core/engine/runner.py",

@@ -121,7 +121,7 @@ def test_nobody_is_admitted_while_running_prompts_want_all_that_writers_leave() 
     for name in "ab":
         scheduler.add(make_sequence(name, 1))
     step(scheduler)
-    scheduler.add(make_sequence("long", 14))
+    scheduler.add(make_sequence("long", 13))
     step(scheduler)
     scheduler.add(make_sequence("next", 2))
     assert not step(scheduler).started
