@@ -205,13 +205,13 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> bool:
         """Give the head of the queue a slot, what it shares, and pages for the rest; False without room."""
-        while not (self._free_slots and self._has_room(sequence)):
+        while (prefixes := self._prefixes_with_room(sequence)) is None:
             worst = self._worst()
             if worst is None or worst.request.priority <= sequence.request.priority:
                 return False
             self.put_back(worst)
         self._queue.remove(sequence)
-        for lane, pages in zip(sequence.lanes, self._find_prefixes(sequence), strict=True):
+        for lane, pages in zip(sequence.lanes, prefixes, strict=True):
             self.books[lane.pool].share(pages)
             lane.pages = pages
             lane.num_named = len(pages)
@@ -272,13 +272,17 @@ class Scheduler:
                     self.books[lane.pool].name(lane.pages[index], keys[index])
                 lane.num_named = num_full
 
-    def _has_room(self, sequence: Sequence) -> bool:
-        """Whether the prompt and the first drawn token fit into free pages, in every pool."""
+    def _prefixes_with_room(self, sequence: Sequence) -> list[list[int]] | None:
+        """What the lanes find, if there is a slot, and pages for the rest and the first drawn token."""
+        if not self._free_slots:
+            return None
+        prefixes = self._find_prefixes(sequence)
         wanted = pages_for(len(sequence.token_ids) + 1, self._page_size)
         needed: Counter[str] = Counter()
-        for lane, found in zip(sequence.lanes, self._find_prefixes(sequence), strict=True):
+        for lane, found in zip(sequence.lanes, prefixes, strict=True):
             needed[lane.pool] += wanted - len(found) + self.books[lane.pool].num_idle(found)
-        return all(count <= self.books[pool].num_free for pool, count in needed.items())
+        has_room = all(count <= self.books[pool].num_free for pool, count in needed.items())
+        return prefixes if has_room else None
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Reserve the next token's page, putting back worse sequences; False if it had to go itself."""
