@@ -25,7 +25,6 @@ import numpy as np
 
 from ram_core.resampling.compiled import F32, I64, Room, inner
 from ram_core.resampling.noise import Purpose
-from ram_core.resampling.params import MIN_TEMPERATURE, Mode
 
 # The last token to keep: its value's bits, and its id.
 Cut = tuple[int, int]
@@ -44,8 +43,6 @@ _ROUNDING_BITS = 0x4330000000000000
 _MINUS_INF_KEY = np.int32(-0x7F800001)
 _PLUS_INF_KEY = np.int32(0x7F800000)
 _TOKEN = np.uint64(Purpose.TOKEN)
-_PROPOSAL, _PRODUCT = int(Mode.PROPOSAL), int(Mode.PRODUCT)
-_MIN_TEMPERATURE = np.float32(MIN_TEMPERATURE)
 
 
 # Only sums may be reordered, for the vector units' sake, and that order is fixed when this is compiled.
