@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Benchmark, Options, checkpoints, random_prompts, say
+from benchmarks.common import Benchmark, Options, Pair, checkpoints, random_prompts, say
 from benchmarks.engine_way import EngineWay, Job
 from benchmarks.tables import Cell, Claim, Outcome, Table
 from benchmarks.workers import worker
@@ -114,21 +114,24 @@ def _settle() -> None:
         torch.cuda.synchronize()
 
 
-def run(options: argparse.Namespace) -> Outcome:
+def timed_job(pair: Pair, options: argparse.Namespace) -> Job:
+    """Room for the largest batch; steps one by one, as parts of overlapping ones cannot be told apart."""
     max_batch = max(options.batches)
+    return Job(
+        pair.proposal,
+        pair.aligners,
+        options.device,
+        options.dtype,
+        max_batch,
+        pair.kv_bytes(max_batch, options.prompt + options.steps + 32, options.dtype),
+        is_overlapping=False,
+    )
+
+
+def run(options: argparse.Namespace) -> Outcome:
     found: dict[tuple[int, str], Parts] = {}
     with checkpoints(options) as pair, ExitStack() as stack:
-        room = pair.kv_bytes(max_batch, options.prompt + options.steps + 32, options.dtype)
-        job = Job(
-            pair.proposal,
-            pair.aligners,
-            options.device,
-            options.dtype,
-            max_batch,
-            room,
-            is_overlapping=False,
-        )
-        timed = stack.enter_context(worker(TimedEngine, job))
+        timed = stack.enter_context(worker(TimedEngine, timed_job(pair, options)))
         for batch in options.batches:
             say(f"overhead: batch {batch}")
             prompts = random_prompts(options, batch, options.prompt, seed=0)

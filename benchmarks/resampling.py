@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Benchmark, Options, checkpoints, random_prompts, say
-from benchmarks.engine_way import Job
-from benchmarks.overhead import TimedEngine
+from benchmarks.overhead import TimedEngine, timed_job
 from benchmarks.shapes import PAIRS
 from benchmarks.tables import Cell, Claim, Outcome, Table
 from benchmarks.workers import worker
@@ -162,28 +161,16 @@ def _alone(options: argparse.Namespace, figures: dict[str, float]) -> Table:
 def _in_engine(options: argparse.Namespace, figures: dict[str, float]) -> Table:
     """Its part of the engine's steps, every row aligned."""
     cells: list[list[Cell]] = []
-    max_batch = max(options.batches)
-    with checkpoints(options) as pair:
-        room = pair.kv_bytes(max_batch, options.prompt + options.steps + 32, options.dtype)
-        job = Job(
-            pair.proposal,
-            pair.aligners,
-            options.device,
-            options.dtype,
-            max_batch,
-            room,
-            is_overlapping=False,
-        )
-        with worker(TimedEngine, job) as engine:
-            for batch in options.batches:
-                say(f"resampling: engine, batch {batch}")
-                engine.ask("hold", random_prompts(options, batch, options.prompt, seed=0), [0] * batch)
-                engine.ask("steps", 4)
-                parts = engine.ask("parts", options.steps)
-                engine.ask("release")
-                figures[_share(batch)] = parts.resampling_s / parts.steps_s
-                each = [s / options.steps * 1e3 for s in (parts.steps_s, parts.resampling_s)]
-                cells.append([batch, *each, figures[_share(batch)]])
+    with checkpoints(options) as pair, worker(TimedEngine, timed_job(pair, options)) as engine:
+        for batch in options.batches:
+            say(f"resampling: engine, batch {batch}")
+            engine.ask("hold", random_prompts(options, batch, options.prompt, seed=0), [0] * batch)
+            engine.ask("steps", 4)
+            parts = engine.ask("parts", options.steps)
+            engine.ask("release")
+            figures[_share(batch)] = parts.resampling_s / parts.steps_s
+            each = [s / options.steps * 1e3 for s in (parts.steps_s, parts.resampling_s)]
+            cells.append([batch, *each, figures[_share(batch)]])
     return Table("Inside the engine", ["batch", "step, ms", "resampling, ms", "resampling ÷ step"], cells)
 
 

@@ -7,8 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -26,12 +25,12 @@ from ram_core.engine.messages import (
     TokenEvent,
 )
 from ram_core.engine.supervisor import SupervisedEngine, pause_before_restart
-from ram_core.engine.thread import EngineThread
 from ram_core.engine.wire import Load, Report, Stop, decode_news, decode_order, encode
 from ram_core.engine.worker import run
 from ram_core.errors import CheckpointError, EngineUnavailable, InvalidRequest, QueueFull, RamError
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
 from tests.models import save_pair
+from tests.unit.test_thread import collect, running
 
 PROMPT = tuple(range(20, 30))
 ALIGNED = AlignmentParams((AlignerTerm("polite", -0.5),), Resampling.CANDIDATES, kl_threshold=2.5)
@@ -58,11 +57,6 @@ def engine(config: EngineConfig, lines: list[str]) -> Iterator[SupervisedEngine]
     engine.end()
 
 
-async def collect(engine: StreamingClient, request: Request) -> list[Event]:
-    async with engine.submit(request) as events:
-        return [event async for event in events]
-
-
 def tell(engine: StreamingClient, request: Request) -> list[Event]:
     return asyncio.run(asyncio.wait_for(collect(engine, request), 30))
 
@@ -71,15 +65,6 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():
             await asyncio.sleep(0.001)
-
-
-@asynccontextmanager
-async def threaded(config: EngineConfig) -> AsyncIterator[EngineThread]:
-    engine = EngineThread.start(config)
-    try:
-        yield engine
-    finally:
-        await engine.close()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +119,7 @@ def test_the_process_tells_what_the_thread_tells(engine: SupervisedEngine, confi
     request = Request("a", PROMPT, sampling, ALIGNED, num_choices=2)
 
     async def from_thread() -> list[Event]:
-        async with threaded(config) as engine:
+        async with running(config) as engine:
             return await collect(engine, request)
 
     def tokens(events: list[Event]) -> list[str]:
@@ -188,7 +173,7 @@ def test_an_idle_engine_gives_signs_of_life(
         if kind == "process":
             await newest(engine)
         else:
-            async with threaded(config) as other:
+            async with running(config) as other:
                 await newest(other)
 
     asyncio.run(body())

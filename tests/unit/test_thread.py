@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from ram_core.engine.client import StreamingClient
 from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.messages import Event, FailedEvent, Request, StartedEvent, TokenEvent
 from ram_core.engine.thread import EngineThread
@@ -51,7 +52,7 @@ async def running(config: EngineConfig) -> AsyncIterator[EngineThread]:
         await engine.close()
 
 
-async def collect(engine: EngineThread, request: Request) -> list[Event]:
+async def collect(engine: StreamingClient, request: Request) -> list[Event]:
     async with engine.submit(request) as events:
         return [event async for event in events]
 
