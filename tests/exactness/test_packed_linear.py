@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +52,7 @@ def test_only_plain_float32_layers_are_replaced() -> None:
 
 def test_a_large_model_keeps_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed_linear, "_MAX_PLAIN_BYTES", 2 * 16 * 4)
+    monkeypatch.setattr(packed_linear, "_is_intel", lambda: True)
     small = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     large = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     pack_linears(small)
@@ -58,6 +60,21 @@ def test_a_large_model_keeps_one_layout(monkeypatch: pytest.MonkeyPatch) -> None
     # Asked twice, a kept weight is the same; what is not kept is made anew.
     assert all(layer.weight is layer.weight for layer in small)
     assert not any(layer.weight is layer.weight for layer in large)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "keeps"), [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)]
+)
+def test_plain_weights_are_kept_where_they_are_faster(
+    vendor: str | None, keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if vendor:
+        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(packed_linear, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(packed_linear, "_is_intel", packed_linear._is_intel.__wrapped__)
+    model = nn.Sequential(nn.Linear(4, 4))
+    pack_linears(model)
+    assert (model[0].weight is model[0].weight) is keeps
 
 
 def test_a_tied_head_leaves_the_embedding_as_it_is() -> None:
