@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.limits import EngineLimits
-from ram_core.engine.pages import pages_for
+from ram_core.engine.plan import StartPlan, describe, plan_kv, size_text
+from ram_core.engine.room import free_bytes, naming_what_was_tried, needs_of, refuse_too_big
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.conformance import check_conformance
@@ -29,8 +29,6 @@ from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer, sh
 Progress = Callable[[str], None]
 """Told what is being done, one line at a time."""
 
-_CPU_KV_BYTES = 1 << 30
-_CUDA_KV_SHARE = 0.6
 _PROPOSAL_POOL = "proposal"
 PROPOSAL = "proposal"
 """The proposal's name among the models; no aligner has it."""
@@ -41,7 +39,7 @@ class ModelBank:
     """Everything that is loaded once and then only read, but for the pools' contents.
 
     `pools` holds the KV memory by name; `pool_of` maps each aligner to its pool, which aligners of equal
-    geometry share.
+    geometry share. `plan` says what memory went where, and why.
     """
 
     proposal: PagedModel
@@ -53,6 +51,7 @@ class ModelBank:
     max_model_len: int
     page_size: int
     eos_ids: frozenset[int]
+    plan: StartPlan
     proposal_pool: str = field(default=_PROPOSAL_POOL)
 
     def model(self, name: str) -> PagedModel:
@@ -90,6 +89,7 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
 
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device, configs[PROPOSAL])
+    refuse_too_big(config, configs, device, dtype, max_model_len)
     models = {}
     for name, source in sources.items():
         progress(f"loading {name} ({source}) on {device} as {str(dtype).removeprefix('torch.')}")
@@ -102,15 +102,19 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
         )
         models[name] = PagedModel(model, name=name)
         check_conformance(models[name], vocab_size)
+    loaded = dict(models)
     proposal = models.pop(PROPOSAL)
 
     geometries, pool_of = _share_pools(proposal, models)
-    num_pages, max_model_len = _size_pools(config, geometries, max_model_len, device)
-    progress(f"reserving KV memory for {num_pages * config.page_size} tokens")
-    pools = {
-        name: KvPool(geometry, num_pages + 1, config.page_size, device)
-        for name, geometry in geometries.items()
-    }
+    needs = needs_of(loaded, geometries.values())
+    kv = plan_kv(config, needs, max_model_len, free_bytes(device))
+    words = f"reserving KV memory for {kv.num_tokens} tokens"
+    progress(words)
+    with naming_what_was_tried(f"{words} ({size_text(kv.num_bytes)})", device):
+        pools = {
+            name: KvPool(geometry, kv.num_pages + 1, config.page_size, device)
+            for name, geometry in geometries.items()
+        }
     return ModelBank(
         proposal=proposal,
         aligners=models,
@@ -118,9 +122,10 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
         pool_of=pool_of,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        max_model_len=max_model_len,
+        max_model_len=kv.max_model_len,
         page_size=config.page_size,
         eos_ids=_eos_ids(proposal, tokenizer),
+        plan=describe(config, needs, kv, device=str(device), dtype=str(dtype).removeprefix("torch.")),
     )
 
 
@@ -162,35 +167,6 @@ def _share_pools(
         name = names.setdefault(model.geometry, f"aligners-{len(names)}")
         geometries[name] = model.geometry
     return geometries, {name: names[model.geometry] for name, model in aligners.items()}
-
-
-def _size_pools(
-    config: EngineConfig, geometries: Mapping[str, KvGeometry], max_model_len: int, device: torch.device
-) -> tuple[int, int]:
-    """Usable pages of every pool, and the context limit that they leave."""
-    budget = config.kv_memory_bytes or _free_kv_bytes(device)
-    page_bytes = sum(geometry.bytes_per_token for geometry in geometries.values()) * config.page_size
-    most = config.max_batch * pages_for(max_model_len, config.page_size)
-    num_pages = min(budget // page_bytes - 1, most)
-    if num_pages < 1:
-        raise CheckpointError(
-            f"{budget} bytes of KV memory do not hold two pages of {config.page_size} tokens "
-            f"({page_bytes} bytes each)"
-        )
-    capacity = num_pages * config.page_size
-    if config.max_model_len and capacity < config.max_model_len:
-        raise CheckpointError(
-            f"{budget} bytes of KV memory hold {capacity} tokens, fewer than `max_model_len` "
-            f"{config.max_model_len}; raise `kv_memory` or lower `max_model_len`"
-        )
-    return num_pages, min(max_model_len, capacity)
-
-
-def _free_kv_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _CPU_KV_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * _CUDA_KV_SHARE)
 
 
 def _eos_ids(proposal: PagedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

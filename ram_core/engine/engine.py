@@ -22,6 +22,8 @@ from ram_core.engine.messages import (
     TokenEvent,
 )
 from ram_core.engine.pages import PageBook, chain_root
+from ram_core.engine.plan import tell_plan
+from ram_core.engine.room import free_text
 from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory
 from ram_core.engine.scheduler import ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
@@ -70,6 +72,7 @@ class Engine:
         keep_freed_memory()
         bank = load_bank(config, progress)
         warm_up(bank.proposal.device)
+        tell_plan(bank.plan.with_row("left free", free_text(bank.proposal.device)), progress)
         return cls(config, bank)
 
     @property
