@@ -19,12 +19,26 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from ram_core.errors import CheckpointError
 from ram_core.models.kv import KvPool, LayerShape
 from ram_core.models.packing import PackedBatch
 
 ATTENTION_NAME = "ram_paged"
 """The `attn_implementation` under which our function is registered."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What a layer's attention does besides the scaled dot product over the tokens before.
+
+    `scaling` None means 1/√dim. With `window`, a token sees that many tokens, itself the last. `softcap`
+    bends scaled scores, before anything is masked, to `softcap * tanh(score / softcap)`. `sinks` holds one
+    score per query head that enlarges the softmax's denominator and stands for no token.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Float[Tensor, " head"] | None = None
 
 
 class AttentionBackend(Protocol):
@@ -36,8 +50,7 @@ class AttentionBackend(Protocol):
         query: Float[Tensor, "head token dim"],
         key: Float[Tensor, "kv_head token dim"],
         value: Float[Tensor, "kv_head token dim"],
-        scaling: float | None,
-        window: int | None,
+        options: AttentionOptions,
     ) -> Float[Tensor, "token head dim"]:
         """Remember the new keys and values, and attend to all of each row's context."""
 
@@ -63,14 +76,14 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    **extras: Any,
+    softcap: float | None = None,
+    s_aux: Float[Tensor, " head"] | None = None,
+    **_: Any,
 ) -> tuple[Float[Tensor, "1 token head dim"], None]:
     """The function that transformers calls; returns the output and no weights."""
-    for name in ("softcap", "s_aux"):
-        if extras.get(name) is not None:
-            raise CheckpointError(f"attention with `{name}` is not supported")
     layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
-    out = _backend.get().attend(layer, query[0], key[0], value[0], scaling, sliding_window)
+    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
+    out = _backend.get().attend(layer, query[0], key[0], value[0], options)
     return out[None], None
 
 
@@ -84,17 +97,38 @@ class ShapeProbe:
         self.shapes: dict[int, LayerShape] = {}
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         self.shapes[layer] = LayerShape(key.shape[0], key.shape[-1], value.shape[-1])
-        # A single token attends to itself with weight 1.
+        # A single token attends to itself with weight 1, but for sinks, which change no shape.
         return value.repeat_interleave(query.shape[0] // key.shape[0], 0).transpose(0, 1)
+
+
+def _dot_product_attention(
+    query: Float[Tensor, "batch head query dim"],
+    keys: Float[Tensor, "batch head key dim"],
+    values: Float[Tensor, "batch head key dim"],
+    mask: Tensor,
+    options: AttentionOptions,
+    sinks: Tensor | None,
+) -> Float[Tensor, "batch head query dim"]:
+    """PyTorch's own where it knows all that is asked for, else by hand in float32.
+
+    `mask` is what to add to the scores, or True where a query sees a key. `sinks` are those of `options` in a
+    shape that broadcasts against the scores.
+    """
+    scale = options.scaling
+    if options.softcap is None and sinks is None:
+        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    scores = query.float() @ keys.float().transpose(-1, -2)
+    scores *= query.shape[-1] ** -0.5 if scale is None else scale
+    if options.softcap is not None:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1)[..., : keys.shape[-2]]
+    return (weights @ values.float()).to(query.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,22 +149,16 @@ class PagedAttention:
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def attend(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        window: int | None,
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
         self.pool.write(layer, self.batch.slots, key.transpose(0, 1), value.transpose(0, 1))
         outs = []
         if self.batch.num_decode:
-            outs.append(self._decode(layer, query[:, : self.batch.num_decode], scaling, window))
+            outs.append(self._decode(layer, query[:, : self.batch.num_decode], options))
         start = self.batch.num_decode
         for row in range(self.batch.num_decode, len(self.batch.query_lens)):
             end = start + self.batch.query_lens[row]
-            outs.append(self._prefill(layer, row, query[:, start:end], scaling, window))
+            outs.append(self._prefill(layer, row, query[:, start:end], options))
             start = end
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -142,19 +170,18 @@ class PagedAttention:
         """
         return memory.index_select(0, pages).view(num_rows, -1, *memory.shape[2:])
 
-    def _decode(self, layer: int, query: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    def _decode(self, layer: int, query: Tensor, options: AttentionOptions) -> Tensor:
         """All rows of one token in a single call; the heads of a group share their keys as queries do."""
         num_heads, num_rows, dim = query.shape
-        view = self._decode_view(window, query.dtype)
+        view = self._decode_view(options.window, query.dtype)
         keys = self._gather(self.pool.keys[layer], view.pages, num_rows).transpose(1, 2)
         values = self._gather(self.pool.values[layer], view.pages, num_rows).transpose(1, 2)
         grouped = query.transpose(0, 1).reshape(num_rows, keys.shape[1], -1, dim)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=view.mask, scale=scaling)
+        sinks = None if options.sinks is None else options.sinks.view(keys.shape[1], -1, 1)
+        out = _dot_product_attention(grouped, keys, values, view.mask, options, sinks)
         return out.reshape(num_rows, num_heads, -1)
 
-    def _prefill(
-        self, layer: int, row: int, query: Tensor, scaling: float | None, window: int | None
-    ) -> Tensor:
+    def _prefill(self, layer: int, row: int, query: Tensor, options: AttentionOptions) -> Tensor:
         """One row of several tokens, over all of its context, cached or new."""
         context = self.batch.host_context_lens[row]
         pages = self.batch.page_table[row, : -(-context // self.batch.page_size)]
@@ -163,14 +190,10 @@ class PagedAttention:
         # Heads of a group go into the batch axis, over which keys are expanded without a copy.
         grouped = query.reshape(keys.shape[0], -1, *query.shape[1:]).transpose(0, 1)
         groups = grouped.shape[0]
-        mask = self._prefill_mask(row, window)
-        out = scaled_dot_product_attention(
-            grouped,
-            keys.expand(groups, -1, -1, -1),
-            values.expand(groups, -1, -1, -1),
-            attn_mask=mask,
-            scale=scaling,
-        )
+        keys, values = keys.expand(groups, -1, -1, -1), values.expand(groups, -1, -1, -1)
+        mask = self._prefill_mask(row, options.window)
+        sinks = None if options.sinks is None else options.sinks.view(-1, groups).T[:, :, None, None]
+        out = _dot_product_attention(grouped, keys, values, mask, options, sinks)
         return out.permute(2, 1, 0, 3).flatten(1, 2)
 
     def _decode_view(self, window: int | None, dtype: torch.dtype) -> _DecodeView:

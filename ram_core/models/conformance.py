@@ -31,13 +31,18 @@ def check_conformance(paged: PagedModel, vocab_size: int) -> None:
     ours = _chunked_logits(paged, ids)
     plain = _plain_logits(paged, ids)
     scale = plain.std().clamp(min=1e-6)
-    worst = ((ours - plain).abs().amax() / scale).item()
-    tolerance = 1e-3 if paged.model.dtype == torch.float32 else 0.25
-    if not worst <= tolerance:
+    of_places = ((ours - plain).square().mean(-1).sqrt() / scale).flatten()
+    if paged.model.dtype == torch.float32:
+        difference, limit = of_places.max().item(), 3e-4
+    else:
+        # Rounding to 16 bits sends a token to other experts now and then, and is far off there. What reads
+        # pages wrongly is wrong at most places.
+        difference, limit = of_places.median().item(), 0.1
+    if not difference <= limit:
         kind = paged.model.config.model_type
         raise CheckpointError(
             f"`{paged.name}`: a `{kind}` model gives other logits over paged KV memory than by itself "
-            f"(worst difference {worst:.2g} standard deviations, limit {tolerance:g})"
+            f"(difference {difference:.2g} standard deviations, limit {limit:g})"
         )
 
 

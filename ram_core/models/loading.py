@@ -35,15 +35,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 _ALIBI_FAMILIES = {"bloom", "mpt"}
-_SINK_FAMILIES = {
-    "deepseek_v4",
-    "flint",
-    "gpt_oss",
-    "granite_swa",
-    "granitemoe_swa",
-    "hy_v4",
-    "mimo_v2_flash",
-}
 # These keep a state instead of keys and values, in configs of before `layer_types` too.
 _RECURRENT = re.compile(r"mamba|rwkv|xlstm|recurrent|jamba|bamba|zamba|falcon_h1|nemotron_h|^lfm|kimi_linear")
 _WHOLE_BATCH_ROPES = {"dynamic", "longrope", "su"}
@@ -165,13 +156,6 @@ def unsupported_reason(config: PreTrainedConfig) -> str | None:
         return f"a `{kind}` model has layers other than softmax attention over all or the last tokens{which}"
     if kind in _ALIBI_FAMILIES or getattr(text, "alibi", False):
         return f"a `{kind}` model biases attention by distance (ALiBi), which paged attention does not know"
-    if text.model_type in _SINK_FAMILIES:
-        return f"a `{kind}` model has attention sinks, which paged attention does not know"
-    cap = getattr(text, "attn_logit_softcapping", None)
-    if cap is not None:
-        return (
-            f"a `{kind}` model caps attention scores (`attn_logit_softcapping` {cap:g}); ours are not capped"
-        )
     ropes = sorted(_rope_types(text) & _WHOLE_BATCH_ROPES)
     if ropes:
         return f"its `{ropes[0]}` RoPE depends on the longest row of a batch: rows would disturb each other"
