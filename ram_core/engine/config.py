@@ -26,9 +26,13 @@ class EngineConfig:
     being written, at most `max_chunk_tokens` of them are of prompts (0: 2048 on CUDA, 64 on CPU), so that a
     long prompt delays nobody's next token by much.
 
+    `quantization` stores the proposal's weights as int8, int4 or fp8 while it loads them (none: as they are).
+    `tensor_parallel` processes, begun by torchrun, share the proposal's layers, a device each.
+
     With `prefix_cache`, requests begin behind the longest prefix that an earlier one of their tenant left in
     KV memory. `is_overlapping` plans a step while the one before runs (None: on CUDA); `has_static_shapes`
-    pads steps that only draw, so that few different shapes occur.
+    pads steps that only draw, so that few different shapes occur. `cuda_graphs` captures such steps before
+    serving (None: on CUDA); on CPU they are run anew on the memory that a graph would have, which is slower.
     """
 
     proposal: str
@@ -45,4 +49,7 @@ class EngineConfig:
     prefix_cache: bool = True
     is_overlapping: bool | None = None
     has_static_shapes: bool = False
+    cuda_graphs: bool | None = None
     trust_remote_code: bool = False
+    quantization: str = "none"
+    tensor_parallel: int = 1

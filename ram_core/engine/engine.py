@@ -10,6 +10,8 @@ from collections.abc import Sequence as Rows
 
 from ram_core.engine.bank import PROPOSAL, ModelBank, Progress, load_bank
 from ram_core.engine.config import EngineConfig
+from ram_core.engine.graphs import CudaRecorder, EagerRecorder, graph_shapes
+from ram_core.engine.layout import Shapes, buckets
 from ram_core.engine.memory import keep_freed_memory
 from ram_core.engine.messages import (
     Cancel,
@@ -21,10 +23,10 @@ from ram_core.engine.messages import (
     StartedEvent,
     TokenEvent,
 )
-from ram_core.engine.pages import PageBook, chain_root
+from ram_core.engine.pages import PageBook, chain_root, pages_for
 from ram_core.engine.plan import tell_plan
 from ram_core.engine.room import free_text
-from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory
+from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory, step_kinds
 from ram_core.engine.scheduler import ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
 from ram_core.errors import EngineOutOfMemory, NonFiniteLogits
@@ -60,7 +62,8 @@ class Engine:
             max_step_tokens=config.max_step_tokens or step_tokens,
             max_chunk_tokens=config.max_chunk_tokens or chunk_tokens,
         )
-        self._runner = Runner(bank, num_slots=config.max_batch, has_static_shapes=config.has_static_shapes)
+        self._has_graphs = device == "cuda" if config.cuda_graphs is None else config.cuda_graphs
+        self._runner = Runner(bank, num_slots=config.max_batch, shapes=self._shapes())
         is_overlapping = device == "cuda" if config.is_overlapping is None else config.is_overlapping
         self._max_in_flight = int(is_overlapping)
         self._in_flight: deque[list[LaunchedStep]] = deque()
@@ -72,8 +75,26 @@ class Engine:
         keep_freed_memory()
         bank = load_bank(config, progress)
         warm_up(bank.proposal.device)
-        tell_plan(bank.plan.with_row("left free", free_text(bank.proposal.device)), progress)
-        return cls(config, bank)
+        engine = cls(config, bank)
+        plan = bank.plan
+        if engine._has_graphs:
+            plan = plan.with_row("captured steps", *engine.capture(progress))
+        tell_plan(plan.with_row("left free", free_text(bank.proposal.device)), progress)
+        return engine
+
+    def _shapes(self) -> Shapes | None:
+        """What steps that only draw are padded to, if anything."""
+        max_batch, max_pages = self.config.max_batch, pages_for(self.bank.max_model_len, self.bank.page_size)
+        if self._has_graphs:
+            return graph_shapes(max_batch, max_pages, num_kinds=len(step_kinds(self.bank)))
+        return Shapes(buckets(max_batch), buckets(max_pages)) if self.config.has_static_shapes else None
+
+    def capture(self, progress: Progress = lambda _: None) -> tuple[str, str]:
+        """Record common steps, before any request is served; returns how many, and of what kind."""
+        device = self.bank.proposal.device
+        recorder = CudaRecorder(device) if device.type == "cuda" else EagerRecorder()
+        num_steps = self._runner.capture(recorder, progress)
+        return str(num_steps), "of one proposal token a row, alone or with one aligner; others run eagerly"
 
     @property
     def has_work(self) -> bool:

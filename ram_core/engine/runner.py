@@ -7,18 +7,24 @@ which the next step reads them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from jaxtyping import Float64, Int64
 from torch import Tensor
 
-from ram_core.engine.bank import ModelBank
+from ram_core.engine.bank import PROPOSAL, ModelBank
+from ram_core.engine.device import Fork, send_home
+from ram_core.engine.graphs import Recorder, StepGraphs, common_steps
+from ram_core.engine.layout import ModelUse, Shapes, StepLayout, StepPacker, UseNumbers
 from ram_core.engine.messages import StepTelemetry
 from ram_core.engine.scheduler import ScheduledRow
 from ram_core.engine.sequence import Sequence
-from ram_core.models.packing import PackedBatch, Row, pack
-from ram_core.resampling import AlignerLogits, Draws, StepFeatures, StepParams, draw_tokens
+from ram_core.models.packing import ready_to_send
+from ram_core.resampling import AlignerLogits, Draws, StepParams, draw_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,18 +59,26 @@ class LaunchedStep:
 class Runner:
     """Holds the parameter tables; a sequence's row in them is its slot, written once when it starts.
 
-    With `has_static_shapes`, steps that only draw are padded, so that few different shapes occur.
+    With `shapes`, steps that only draw are padded to them, so that few different layouts occur.
     """
 
-    def __init__(self, bank: ModelBank, *, num_slots: int, has_static_shapes: bool = False) -> None:
+    def __init__(self, bank: ModelBank, *, num_slots: int, shapes: Shapes | None = None) -> None:
         self._bank = bank
         self._device = bank.proposal.device
-        self._has_static_shapes = has_static_shapes
         # The last slot is that of padding rows: they draw from the proposal, and nobody looks.
-        self._padding_slot = num_slots
+        self._packer = StepPacker(bank.page_size, padding_slot=num_slots, shapes=shapes)
         self._params = StepParams.empty(num_slots + 1, self._device)
         self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
         self._eos_ids = torch.tensor(sorted(bank.eos_ids), device=self._device)
+        self._fork = Fork(self._device)
+        self._graphs: StepGraphs | None = None
+
+    @torch.inference_mode()
+    def capture(self, recorder: Recorder, progress: Callable[[str], None]) -> int:
+        """Record the steps that will be common; return how many. The runner must have shapes."""
+        self._graphs = StepGraphs(recorder, self._compute)
+        self._graphs.record(common_steps(self._packer, step_kinds(self._bank)), progress)
+        return len(self._graphs)
 
     def start(self, sequence: Sequence) -> None:
         """Write the parameters of a sequence that has just been given its slot."""
@@ -79,101 +93,56 @@ class Runner:
     @torch.inference_mode()
     def launch(self, rows: Rows[ScheduledRow]) -> LaunchedStep:
         """Begin to compute rows of a plan; nothing here waits for the device."""
-        is_static = self._has_static_shapes and all(row.draws and row.num_tokens == 1 for row in rows)
-        proposal_logits = self._forward([(row, 0) for row in rows], is_static)
-        drawing = [row for row in rows if row.draws]
-        num_drawing = _bucket(len(drawing)) if is_static else len(drawing)
-        terms = self._forward_aligners(rows, drawing, num_drawing, is_static)
-        if proposal_logits is None or not drawing:
+        packed = self._packer.pack(rows)
+        layout, numbers = packed.layout, ready_to_send(packed.numbers, self._device)
+        table = self._graphs.replay(layout, numbers) if self._graphs else None
+        if table is None:
+            table = self._compute(layout, numbers.to(self._device, non_blocking=True))
+        if not packed.num_real:
             return LaunchedStep(tuple(rows))
-        num_padding = num_drawing - len(drawing)
-        slots = [row.sequence.slot for row in drawing] + [self._padding_slot] * num_padding
-        positions = [row.end for row in drawing] + [0] * num_padding
-        index = torch.tensor([slots, positions]).to(self._device, non_blocking=True)
-        asked = [(row.sequence.request.sampling, row.sequence.request.alignment) for row in drawing]
+        return LaunchedStep(tuple(rows), *send_home(table[: packed.num_real]))
+
+    def _compute(self, layout: StepLayout, flat: Int64[Tensor, " number"]) -> Float64[Tensor, "row column"]:
+        """All that a step does on the device, of nothing but its layout and its numbers: its results.
+
+        Where to write to, and the tables that it reads, are the same for every step.
+        """
+        numbers = layout.read(flat)
+        uses = list(zip(layout.uses, numbers.uses, strict=True))
+        all_logits = self._fork.run([partial(self._forward, *use) for use in uses])
+        if not layout.num_drawing:
+            return flat.new_empty((0, 0), dtype=torch.float64)
+        proposal_logits, terms = None, []
+        for (use, part), logits in zip(uses, all_logits, strict=True):
+            if use.model == PROPOSAL:
+                proposal_logits = logits
+            elif use.has_terms:
+                terms.append(AlignerLogits(part.rows, logits, part.strength))
+        assert proposal_logits is not None, "a row that draws is read by the proposal"
         draws = draw_tokens(
             proposal_logits,
             terms,
-            replace(self._params.take(index[0]), position=index[1]),
-            StepFeatures.of(asked),
+            replace(self._params.take(numbers.slots), position=numbers.positions),
+            layout.features,
             vocab_size=self._bank.vocab_size,
             eos_ids=self._eos_ids,
         )
-        self._last_tokens.index_copy_(0, index[0], draws.token)
-        return self._send_home(tuple(rows), _as_table(draws)[: len(drawing)])
+        self._last_tokens.index_copy_(0, numbers.slots, draws.token)
+        return _as_table(draws)
 
-    def _send_home(self, rows: tuple[ScheduledRow, ...], table: Tensor) -> LaunchedStep:
-        if self._device.type != "cuda":
-            return LaunchedStep(rows, table.cpu())
-        home = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
-        home.copy_(table, non_blocking=True)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return LaunchedStep(rows, home, arrived)
+    def _forward(self, use: ModelUse, numbers: UseNumbers) -> Tensor:
+        """Run one model; logits are of the rows that draw, in their order, and of padding rows."""
+        batch = numbers.batch
+        if use.is_fed:
+            known = torch.cat([self._last_tokens, batch.input_ids])
+            batch = replace(batch, input_ids=known.index_select(0, numbers.sources))
+        return self._bank.model(use.model).forward(batch, self._bank.pools[use.pool])
 
-    def _forward(self, uses: Rows[tuple[ScheduledRow, int]], is_static: bool) -> Tensor | None:
-        """Run one model over the lanes of it that rows have, where they have anything to read.
 
-        Logits are of the rows that draw, in their order, and of padding rows.
-        """
-        busy = [(row, lane) for row, lane in uses if row.lane_starts[lane] < row.end]
-        if not busy:
-            return None
-        row, lane = busy[0]
-        kept = row.sequence.lanes[lane]
-        return self._bank.model(kept.model).forward(self._pack(busy, is_static), self._bank.pools[kept.pool])
-
-    def _forward_aligners(
-        self, rows: Rows[ScheduledRow], drawing: Rows[ScheduledRow], num_drawing: int, is_static: bool
-    ) -> list[AlignerLogits]:
-        """One forward for each aligner that any row uses, over those rows only."""
-        users: dict[str, list[tuple[ScheduledRow, int]]] = {}
-        for row in rows:
-            for lane, kept in enumerate(row.sequence.lanes[1:], start=1):
-                users.setdefault(kept.model, []).append((row, lane))
-        place = {id(row): index for index, row in enumerate(drawing)}
-        terms = []
-        for uses in users.values():
-            logits = self._forward(uses, is_static)
-            drawn = [(place[id(row)], row.sequence.lanes[lane].strength) for row, lane in uses if row.draws]
-            if logits is not None and drawn:
-                # Padding rows belong to none of the batch's rows.
-                drawn += [(num_drawing, 0.0)] * (len(logits) - len(drawn))
-                index, strength = zip(*drawn, strict=True)
-                terms.append(
-                    AlignerLogits(
-                        rows=torch.tensor(index).to(self._device, non_blocking=True),
-                        logits=logits,
-                        strength=torch.tensor(strength).to(self._device, non_blocking=True),
-                    )
-                )
-        return terms
-
-    def _pack(self, uses: Rows[tuple[ScheduledRow, int]], is_static: bool) -> PackedBatch:
-        packed, fed_tokens, fed_slots = [], [], []
-        num_tokens = 0
-        for row, lane in uses:
-            start, known = row.lane_starts[lane], row.sequence.token_ids
-            token_ids = known[start : row.end]
-            num_tokens += row.end - start
-            if len(known) < row.end:
-                # Drawn by the step under way: the device knows it, the host does not yet.
-                token_ids.append(0)
-                fed_tokens.append(num_tokens - 1)
-                fed_slots.append(row.sequence.slot)
-            packed.append(Row(token_ids, start, row.sequence.lanes[lane].pages, row.draws))
-        pages = max(len(row.pages) for row in packed)
-        batch = pack(
-            packed,
-            page_size=self._bank.page_size,
-            device=self._device,
-            num_rows=_bucket(len(packed)) if is_static else 0,
-            num_pages=_bucket(pages) if is_static else 0,
-        )
-        if fed_tokens:
-            index = torch.tensor([fed_tokens, fed_slots]).to(self._device, non_blocking=True)
-            batch.input_ids.index_copy_(0, index[0], self._last_tokens[index[1]])
-        return batch
+def step_kinds(bank: ModelBank) -> list[list[tuple[str, str]]]:
+    """The sets of models that most steps use, each with its pool: the proposal, alone or with an aligner."""
+    proposal = (PROPOSAL, bank.proposal_pool)
+    return [[proposal], *[[proposal, (name, pool)] for name, pool in bank.pool_of.items()]]
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -181,11 +150,6 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-def _bucket(size: int) -> int:
-    """The next power of two, or above 8 the next multiple of 8: few shapes, little padding."""
-    return 1 << (size - 1).bit_length() if size <= 8 else -(-size // 8) * 8
 
 
 def _as_table(draws: Draws) -> Tensor:
