@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ram_core.engine.config import EngineConfig
@@ -24,6 +25,8 @@ from ram_core.models.loading import (
     unsupported_reason,
 )
 from ram_core.models.paged import PagedModel
+from ram_core.models.quantization import PLAIN
+from ram_core.models.tensor_parallel import Ranks, SharedModel, check_shares, join
 from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer, shared_vocabulary_size
 
 Progress = Callable[[str], None]
@@ -39,7 +42,8 @@ class ModelBank:
     """Everything that is loaded once and then only read, but for the pools' contents.
 
     `pools` holds the KV memory by name; `pool_of` maps each aligner to its pool, which aligners of equal
-    geometry share. `plan` says what memory went where, and why.
+    geometry share. `plan` says what memory went where, and why; `ranks` are the processes that share the
+    proposal.
     """
 
     proposal: PagedModel
@@ -52,6 +56,7 @@ class ModelBank:
     page_size: int
     eos_ids: frozenset[int]
     plan: StartPlan
+    ranks: Ranks
     proposal_pool: str = field(default=_PROPOSAL_POOL)
 
     def model(self, name: str) -> PagedModel:
@@ -87,27 +92,18 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
     vocab_size = shared_vocabulary_size(tokenizer, rows.pop(PROPOSAL), rows)
     max_model_len = _choose_max_model_len(config, configs)
 
-    device = resolve_device(config.device)
+    check_shares(config.tensor_parallel, configs[PROPOSAL])
+    ranks = join(config.tensor_parallel, resolve_device(config.device))
+    device = ranks.device
     dtype = resolve_dtype(config.dtype, device, configs[PROPOSAL])
     refuse_too_big(config, configs, device, dtype, max_model_len)
-    models = {}
-    for name, source in sources.items():
-        progress(f"loading {name} ({source}) on {device} as {str(dtype).removeprefix('torch.')}")
-        model = load_model(
-            source,
-            device=device,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=config.trust_remote_code,
-        )
-        models[name] = PagedModel(model, name=name)
-        check_conformance(models[name], vocab_size)
+    models = _load_models(sources, config, ranks, dtype, vocab_size, progress)
     loaded = dict(models)
     proposal = models.pop(PROPOSAL)
 
     geometries, pool_of = _share_pools(proposal, models)
     needs = needs_of(loaded, geometries.values())
-    kv = plan_kv(config, needs, max_model_len, free_bytes(device))
+    kv = plan_kv(config, needs, max_model_len, ranks.least(free_bytes(device)))
     words = f"reserving KV memory for {kv.num_tokens} tokens"
     progress(words)
     with naming_what_was_tried(f"{words} ({size_text(kv.num_bytes)})", device):
@@ -126,7 +122,38 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
         page_size=config.page_size,
         eos_ids=_eos_ids(proposal, tokenizer),
         plan=describe(config, needs, kv, device=str(device), dtype=str(dtype).removeprefix("torch.")),
+        ranks=ranks,
     )
+
+
+def _load_models(
+    sources: Mapping[str, str],
+    config: EngineConfig,
+    ranks: Ranks,
+    dtype: torch.dtype,
+    vocab_size: int,
+    progress: Progress,
+) -> dict[str, PagedModel]:
+    """All models, checked; only the proposal may be quantised, or shared between processes."""
+    models: dict[str, PagedModel] = {}
+    for name, source in sources.items():
+        is_proposal = name == PROPOSAL
+        progress(f"loading {name} ({source}) on {ranks.device} as {str(dtype).removeprefix('torch.')}")
+        model = load_model(
+            source,
+            device=ranks.device,
+            dtype=dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=config.trust_remote_code,
+            quantization=config.quantization if is_proposal else PLAIN,
+            num_ranks=ranks.size if is_proposal else 1,
+        )
+        is_shared = is_proposal and ranks.size > 1
+        models[name] = (
+            SharedModel(model, name=name, ranks=ranks) if is_shared else PagedModel(model, name=name)
+        )
+        check_conformance(models[name], vocab_size)
+    return models
 
 
 def _load_supported_config(name: str, source: str, config: EngineConfig) -> PretrainedConfig:

@@ -28,8 +28,10 @@ from transformers.utils import logging as transformers_logging
 
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
+from ram_core.models.quantization import PLAIN, check_quantization, quantization_options
 from ram_core.models.source import one_line, resolve_source
-from ram_core.models.weight_files import FLOAT_DTYPES, TensorHeader, read_checkpoint_headers
+from ram_core.models.tensor_parallel import parallel_options
+from ram_core.models.weight_files import FLOAT_DTYPES, TensorHeader, checkpoint_bytes, read_checkpoint_headers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,10 +49,13 @@ def load_model(
     dtype: torch.dtype | None,
     attn_implementation: str,
     trust_remote_code: bool = False,
+    quantization: str = PLAIN,
+    num_ranks: int = 1,
 ) -> PreTrainedModel:
     """The causal LM in a local directory, or of a hub id: in eval mode, without gradients, on `device`.
 
-    Safetensors only. `dtype` None keeps the checkpoint's own.
+    Safetensors only. `dtype` None keeps the checkpoint's own. `quantization` is one of `QUANTIZATIONS`. With
+    `num_ranks` above 1, only the share of this one of so many processes is loaded.
 
     Raises:
         CheckpointError: missing, broken, incomplete, unsupported or too big; the reason is one line.
@@ -61,16 +66,17 @@ def load_model(
         raise CheckpointError(f"`{source}`: {reason}")
     directory = check_weights(source, config, trust_remote_code=trust_remote_code)
     try:
-        model = _load_checked(directory, dtype, attn_implementation, trust_remote_code)
-    except CheckpointError as error:
-        raise CheckpointError(f"`{source}`: {error}") from None
-    try:
+        check_quantization(quantization, device=device, dtype=dtype, config=config)
+        options = quantization_options(quantization, device) | parallel_options(num_ranks)
+        model = _load_checked(directory, dtype, attn_implementation, trust_remote_code, options)
         return model.to(device)
     except torch.OutOfMemoryError:
-        gib = sum(tensor.nbytes for tensor in model.parameters()) / 2**30
+        gib = checkpoint_bytes(directory) / 2**30
         raise CheckpointError(
             f"`{source}`: its weights take {gib:.1f} GiB, which `{device}` has not free"
         ) from None
+    except CheckpointError as error:
+        raise CheckpointError(f"`{source}`: {error}") from None
 
 
 def load_config(source: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -277,7 +283,11 @@ def _tied_names(skeleton: nn.Module) -> set[str]:
 
 
 def _load_checked(
-    directory: Path, dtype: torch.dtype | None, attn_implementation: str, trust_remote_code: bool
+    directory: Path,
+    dtype: torch.dtype | None,
+    attn_implementation: str,
+    trust_remote_code: bool,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
     try:
         with _quiet():
@@ -290,7 +300,10 @@ def _load_checked(
                 # Reported as a line of our own instead of an exception that points to a table.
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **options,
             )
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Whatever a broken checkpoint makes of the libraries below.
         raise CheckpointError(f"cannot be loaded: {one_line(error)}") from None
     _refuse_missing(report["missing_keys"])

@@ -41,6 +41,11 @@ class PackedLinear(nn.Module):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
 
     @property
+    def keeps_plain(self) -> bool:
+        """Whether the plain weight is kept beside the packed one."""
+        return self._plain is not None
+
+    @property
     def weight(self) -> Tensor:
         """The plain weight, or a copy in its layout, for models that look at it; not for writing."""
         plain: Tensor = self._packed.to_dense() if self._plain is None else self._plain
@@ -76,7 +81,9 @@ def pack_linears(model: nn.Module) -> None:
 
 
 def _is_packable(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype is torch.float32
+    # Not quantised weights nor shares of one, which are tensors of their own kinds.
+    is_plain = type(weight) in (Tensor, nn.Parameter)
+    return is_plain and weight.device.type == "cpu" and weight.dtype is torch.float32
 
 
 @cache

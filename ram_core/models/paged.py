@@ -12,12 +12,13 @@ from ram_core.models.attention import AttentionBackend, PagedAttention, ShapePro
 from ram_core.models.kv import KvGeometry, KvPool
 from ram_core.models.packed_linear import pack_linears
 from ram_core.models.packing import PackedBatch
+from ram_core.models.quantization import weight_bytes
 
 
 class PagedModel:
     """Wraps a model loaded with `attn_implementation=ATTENTION_NAME`, and lays its weights out for inference.
 
-    `weight_bytes` are the bytes of all parameters, tied ones once.
+    `weight_bytes` are the bytes of all weights as they are stored in this process, tied ones once.
 
     Raises:
         CheckpointError: a layer of the model does not go through the attention interface.
@@ -27,7 +28,7 @@ class PagedModel:
         self.model = model
         self.name = name
         self.device = model.device
-        self.weight_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+        self.weight_bytes = weight_bytes(model)
         pack_linears(model)
         self.geometry = self._learn_geometry()
 

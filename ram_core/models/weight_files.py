@@ -45,6 +45,11 @@ def read_checkpoint_headers(directory: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def checkpoint_bytes(directory: Path) -> int:
+    """Bytes of all tensors of a checkpoint, as they are stored."""
+    return sum(path.stat().st_size for path in _weight_files(directory))
+
+
 def read_header(path: Path) -> dict[str, TensorHeader]:
     """The tensors of one safetensors file, whose size must be what its header promises.
 
