@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.limits import EngineLimits
-from ram_core.engine.plan import StartPlan, describe, plan_kv, size_text
-from ram_core.engine.room import free_bytes, naming_what_was_tried, needs_of, refuse_too_big
+from ram_core.engine.plan import StartPlan, check_fits, describe, plan_kv, size_text
+from ram_core.engine.room import expected_needs, free_bytes, naming_what_was_tried, needs_of
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.conformance import check_conformance
@@ -96,7 +96,9 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
     ranks = join(config.tensor_parallel, resolve_device(config.device))
     device = ranks.device
     dtype = resolve_dtype(config.dtype, device, configs[PROPOSAL])
-    refuse_too_big(config, configs, device, dtype, max_model_len)
+    free = ranks.least(free_bytes(device))
+    if free is not None:
+        check_fits(config, expected_needs(config, configs, dtype), max_model_len, free)
     models = _load_models(sources, config, ranks, dtype, vocab_size, progress)
     loaded = dict(models)
     proposal = models.pop(PROPOSAL)

@@ -9,12 +9,15 @@ import torch
 from transformers import PretrainedConfig
 
 from ram_core.engine.config import EngineConfig
-from ram_core.engine.plan import Needs, check_fits, size_text
+from ram_core.engine.plan import Needs, size_text
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.kv import KvGeometry
 from ram_core.models.loading import build_skeleton
 from ram_core.models.paged import PagedModel
+from ram_core.models.quantization import QUANTIZATIONS, is_quantized, quantized_bytes
+from ram_core.models.source import resolve_source
+from ram_core.models.weight_files import checkpoint_bytes
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -34,33 +37,29 @@ def free_text(device: torch.device) -> str:
     return "unknown on CPU" if free is None else size_text(free)
 
 
-def refuse_too_big(
-    config: EngineConfig,
-    configs: Mapping[str, PretrainedConfig],
-    device: torch.device,
-    dtype: torch.dtype,
-    max_model_len: int,
-) -> None:
-    """Reckon on models without memory whether the device can hold them, before a weight is read.
-
-    Raises:
-        CheckpointError: it cannot; says what would fit.
-    """
-    free = free_bytes(device)
-    if free is None:
-        return
-    models = {
-        name: PagedModel(
-            build_skeleton(
-                each, attn_implementation=ATTENTION_NAME, trust_remote_code=config.trust_remote_code
-            ).to(dtype),
-            name=name,
-        )
-        for name, each in configs.items()
-    }
-    geometries = {model.geometry for name, model in models.items() if name != "proposal"}
-    needs = needs_of(models, [models["proposal"].geometry, *geometries])
-    check_fits(config, needs, max_model_len, free)
+def expected_needs(
+    config: EngineConfig, configs: Mapping[str, PretrainedConfig], dtype: torch.dtype
+) -> Needs:
+    """What the models that `config` names take of this process' device; reads no weights."""
+    models = {name: _without_weights(name, each, dtype, config) for name, each in configs.items()}
+    proposal = models.pop("proposal")
+    ways = {name: quantized_bytes(proposal.model, name) for name in QUANTIZATIONS}
+    main_bytes = ways[config.quantization]
+    if is_quantized(configs["proposal"]):
+        main_bytes = checkpoint_bytes(resolve_source(config.proposal, with_weights=True))
+        ways = {}
+    shares = config.tensor_parallel
+    others = {name: model.weight_bytes for name, model in models.items()}
+    geometries = {model.geometry for model in models.values()}
+    return Needs(
+        {"proposal": main_bytes // shares} | others,
+        proposal.geometry.bytes_per_token // shares + sum(each.bytes_per_token for each in geometries),
+        {
+            name: num_bytes // shares + sum(others.values())
+            for name, num_bytes in ways.items()
+            if num_bytes < main_bytes
+        },
+    )
 
 
 def needs_of(models: Mapping[str, PagedModel], geometries: Iterable[KvGeometry]) -> Needs:
@@ -82,3 +81,12 @@ def naming_what_was_tried(words: str, device: torch.device) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise CheckpointError(f"{words} failed: {free_text(device)} free on `{device}`") from None
+
+
+def _without_weights(
+    name: str, model_config: PretrainedConfig, dtype: torch.dtype, config: EngineConfig
+) -> PagedModel:
+    skeleton = build_skeleton(
+        model_config, attn_implementation=ATTENTION_NAME, trust_remote_code=config.trust_remote_code
+    )
+    return PagedModel(skeleton.to(dtype), name=name)

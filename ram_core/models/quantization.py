@@ -7,13 +7,12 @@ keys and values stay in the model's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, TorchAoConfig
+from transformers import PreTrainedConfig, PreTrainedModel, TorchAoConfig
 
 from ram_core.errors import CheckpointError
 
@@ -22,7 +21,9 @@ QUANTIZATIONS = (PLAIN, "int8", "int4", "fp8")
 """What can be asked for at load."""
 
 _INT4_GROUP = 128
-_SCALE_BYTES = 4
+_GROUP_BYTES = 4
+_ROW_BYTES = 5
+"""A scale and a zero point for each row, or for each group of four bits."""
 # Compute capabilities that the kernels behind each need.
 _MIN_CAPABILITY = {"int4": (8, 0), "fp8": (8, 9)}
 
@@ -81,7 +82,7 @@ def quantization_options(name: str, device: torch.device) -> dict[str, Any]:
 
 def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes in this process: not those of its shape if it is quantised or shared."""
-    flatten: Callable[[], tuple[list[str], object]] | None = getattr(tensor, "__tensor_flatten__", None)
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         names, _ = flatten()
         return sum(stored_bytes(getattr(tensor, name)) for name in names)
@@ -94,9 +95,9 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(stored_bytes(tensor) for tensor in (*model.parameters(), *buffers))
 
 
-def quantized_bytes(model: nn.Module, name: str) -> int:
+def quantized_bytes(model: PreTrainedModel, name: str) -> int:
     """About as many bytes as a plain model's weights will take once they are quantised like that."""
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    output = model.get_output_embeddings()
     total = weight_bytes(model)
     for layer in model.modules():
         if isinstance(layer, nn.Linear) and layer is not output:
@@ -105,10 +106,12 @@ def quantized_bytes(model: nn.Module, name: str) -> int:
 
 
 def _linear_bytes(layer: nn.Linear, name: str) -> int:
+    if name == PLAIN:
+        return stored_bytes(layer.weight)
     if name == "int4":
         groups = -(-layer.in_features // _INT4_GROUP)
-        return layer.out_features * (layer.in_features // 2 + groups * _SCALE_BYTES)
-    return layer.out_features * (layer.in_features + _SCALE_BYTES)
+        return layer.out_features * (layer.in_features // 2 + groups * _GROUP_BYTES)
+    return layer.out_features * (layer.in_features + _ROW_BYTES)
 
 
 def _is_capable(device: torch.device, least: tuple[int, int]) -> bool:
