@@ -142,7 +142,8 @@ def describe(config: EngineConfig, needs: Needs, kv: KvPlan, *, device: str, dty
         PlanRow("dtype", dtype, _origin(config.dtype)),
     ]
     rows += [
-        PlanRow(f"weights of {name}", size_text(num_bytes)) for name, num_bytes in needs.weight_bytes.items()
+        PlanRow(f"weights of {name}", size_text(num_bytes), _how_stored(config) if name == "proposal" else "")
+        for name, num_bytes in needs.weight_bytes.items()
     ]
     rows += [
         PlanRow("KV memory", size_text(kv.num_bytes), f"{needs.kv_bytes_per_token} bytes a token"),
@@ -170,6 +171,13 @@ def size_text(num_bytes: int) -> str:
     return f"{value:.4g} {unit}"
 
 
+def _how_stored(config: EngineConfig) -> str:
+    ways = [f"asked: {config.quantization}"] if config.quantization != "none" else []
+    if config.tensor_parallel > 1:
+        ways.append(f"asked: one of {config.tensor_parallel} shares")
+    return ", ".join(ways)
+
+
 def _origin(asked: str) -> str:
     return "default (auto)" if asked == "auto" else "asked"
 
@@ -190,34 +198,25 @@ def _kv_refusal(config: EngineConfig, needs: Needs, max_model_len: int, free_byt
     page_bytes = needs.kv_bytes_per_token * config.page_size
     capacity = max(budget // page_bytes - 1, 0) * config.page_size
     length = config.max_model_len or config.page_size
+    # The trash page is not for anybody's tokens.
     wanted = (pages_for(length, config.page_size) + 1) * page_bytes
-    advice = []
+    weights, sequence = needs.total_weight_bytes, f"KV for 1 sequence of {length} tokens {size_text(wanted)}"
     if free_bytes is not None and budget > free_bytes:
-        said = (
-            f"`kv_memory` {size_text(budget)} > {size_text(free_bytes)} "
-            f"free beside {size_text(needs.total_weight_bytes)} of weights"
+        return (
+            f"`kv_memory` {size_text(budget)} > {size_text(free_bytes)} free beside {size_text(weights)} "
+            f"of weights; lower `kv_memory` to at most {size_text(free_bytes)}"
         )
-        advice.append(f"lower `kv_memory` to at most {size_text(free_bytes)}")
-        return said + _advice(advice)
-    said = (
-        f"weights {size_text(needs.total_weight_bytes)} + KV for 1 sequence of {length} tokens "
-        f"{size_text(wanted)} > "
-    )
-    if free_bytes is None:
-        said += f"weights and {size_text(budget)} of KV memory, which hold {capacity} tokens"
-    else:
-        said += (
-            f"{size_text(free_bytes + needs.total_weight_bytes)} free, of which "
-            f"{size_text(budget)} for KV memory hold {capacity} tokens"
-        )
-    if capacity and config.max_model_len:
-        advice.append(f"lower `max_model_len` to {capacity}")
+    ways = [f"lower `max_model_len` to {capacity}"] if capacity and config.max_model_len else []
     if free_bytes is None or wanted <= free_bytes:
-        advice.append(f"raise `kv_memory` to {size_text(wanted)}")
-    if free_bytes is not None:
-        total = free_bytes + needs.total_weight_bytes
-        advice += _quantization_advice(config, needs, max_model_len, total)
-    return said + _advice(advice)
+        ways.append(f"raise `kv_memory` to {size_text(wanted)}")
+    if free_bytes is None or config.kv_memory_bytes:
+        said = f"{sequence} > {size_text(budget)} of `kv_memory`, which hold {capacity} tokens"
+        return said + _advice(ways)
+    ways += _quantization_advice(config, needs, max_model_len, free_bytes + weights)
+    return (
+        f"weights {size_text(weights)} + {sequence} > {size_text(free_bytes + weights)} free, of which "
+        f"{size_text(budget)} for KV hold {capacity} tokens" + _advice(ways)
+    )
 
 
 def _quantization_advice(
