@@ -14,8 +14,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
     GenerationConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     PreTrainedConfig,
@@ -25,9 +27,9 @@ from transformers import (
     Qwen3Config,
 )
 
-Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma3"]
+Family = Literal["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss"]
 
-FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "mistral", "gemma3")
+FAMILIES: tuple[Family, ...] = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "gpt_oss")
 VOCAB_SIZE = 300
 
 BOS, EOS, PAD = "<|bos|>", "<|end|>", "<|pad|>"
@@ -54,8 +56,11 @@ _CONFIGS: dict[Family, type[PreTrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "mistral": MistralConfig,
+    "gemma2": Gemma2Config,
     "gemma3": Gemma3TextConfig,
+    "gpt_oss": GptOssConfig,
 }
+_GEMMAS = ("gemma2", "gemma3")
 
 
 def make_tokenizer(
@@ -100,7 +105,7 @@ def make_config(
     is_tied: bool | None = None,
     **overrides: Any,
 ) -> PreTrainedConfig:
-    """A small config. `is_tied` None ties gemma3 only; `sliding_window` acts in mistral and gemma3."""
+    """A small config. `is_tied` None ties gemmas only; llama and qwens have no `sliding_window`."""
     options: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
@@ -110,20 +115,26 @@ def make_config(
         "head_dim": head_dim or hidden // heads,
         "vocab_size": vocab_size,
         "max_position_embeddings": max_position_embeddings,
-        "tie_word_embeddings": family == "gemma3" if is_tied is None else is_tied,
+        "tie_word_embeddings": family in _GEMMAS if is_tied is None else is_tied,
         "bos_token_id": SPECIAL_TOKENS.index(BOS),
         "eos_token_id": SPECIAL_TOKENS.index(EOS),
         "pad_token_id": SPECIAL_TOKENS.index(PAD),
     }
     if family == "qwen2":
         del options["head_dim"]
-    if family in ("mistral", "gemma3"):
+    if family in ("mistral", *_GEMMAS, "gpt_oss"):
         options["sliding_window"] = sliding_window
-    if family == "gemma3":
+    if family in (*_GEMMAS, "gpt_oss"):
         # Every second layer looks at everything, so that two layers already hold both kinds.
         kinds = ["sliding_attention", "full_attention"]
         options["layer_types"] = [kinds[layer % 2] for layer in range(layers)]
+    if family in _GEMMAS:
         options["query_pre_attn_scalar"] = options["head_dim"]
+    if family == "gemma2":
+        options["attn_logit_softcapping"] = 1.5
+    if family == "gpt_oss":
+        options |= {"num_local_experts": 4, "num_experts_per_tok": 2}
+        options["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     return _CONFIGS[family](**(options | overrides))
 
 
@@ -136,13 +147,16 @@ def make_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Norm gains keep their centre (1, or 0 in gemma), biases stay near 0, and matrices are noise.
-            centre, width = (parameter, 0.1) if parameter.ndim == 1 else (torch.zeros_like(parameter), std)
+            centre = parameter if "norm" in name else torch.zeros_like(parameter)
+            width = 0.1 if parameter.ndim == 1 or name.endswith("bias") else std
             # A tied model would only repeat its last token, were it not for a last norm of both signs and,
-            # in gemma3, which scales embeddings up and norms what its layers add, for quieter embeddings.
+            # in gemmas, which scale embeddings up and norm what their layers add, for quieter embeddings.
             if name == "model.norm.weight":
                 width = 3.0
-            elif family == "gemma3" and "embed" in name:
+            elif family in _GEMMAS and "embed" in name:
                 width = std / model.config.hidden_size**0.5
+            elif name.endswith("sinks"):
+                width = 2.0
             parameter.copy_(centre + width * torch.randn(parameter.shape, generator=noise))
     model.generation_config = GenerationConfig(
         bos_token_id=model.config.bos_token_id,

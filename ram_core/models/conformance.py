@@ -35,9 +35,9 @@ def check_conformance(paged: PagedModel, vocab_size: int) -> None:
     if paged.model.dtype == torch.float32:
         difference, limit = of_places.max().item(), 3e-4
     else:
-        # Rounding to 16 bits sends a token to other experts now and then, and is far off there. What reads
-        # pages wrongly is wrong at most places.
-        difference, limit = of_places.median().item(), 0.1
+        # Rounding to 16 bits sends a token to other experts now and then, and is far off there: a quarter of
+        # the places is left out. What reads pages wrongly is wrong at most of them.
+        difference, limit = of_places.quantile(0.75).item(), 0.1
     if not difference <= limit:
         kind = paged.model.config.model_type
         raise CheckpointError(
