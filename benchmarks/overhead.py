@@ -84,7 +84,8 @@ class TimedEngine(EngineWay):
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        models = [self.engine.bank.proposal, *self.engine.bank.aligners.values()]
+        # Aligners of one architecture are served by one model.
+        models = list(dict.fromkeys([self.engine.bank.proposal, *self.engine.bank.aligners.values()]))
         self._forwards = [Timed(model.forward) for model in models]
         for model, timed in zip(models, self._forwards, strict=True):
             model.forward = timed  # type: ignore[method-assign]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.limits import EngineLimits
-from ram_core.engine.plan import StartPlan, check_fits, describe, plan_kv, size_text
+from ram_core.engine.load_groups import each_once, load_groups
+from ram_core.engine.plan import Needs, StartPlan, check_fits, describe, plan_kv, size_text
 from ram_core.engine.room import expected_needs, free_bytes, naming_what_was_tried, needs_of
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
@@ -24,6 +28,8 @@ from ram_core.models.loading import (
     resolve_dtype,
     unsupported_reason,
 )
+from ram_core.models.lora import LoraConfig, is_adapter, read_lora_config
+from ram_core.models.packing import PackedBatch
 from ram_core.models.paged import PagedModel
 from ram_core.models.quantization import PLAIN
 from ram_core.models.tensor_parallel import Ranks, SharedModel, check_shares, join
@@ -42,12 +48,12 @@ class ModelBank:
     """Everything that is loaded once and then only read, but for the pools' contents.
 
     `pools` holds the KV memory by name; `pool_of` maps each aligner to its pool, which aligners of equal
-    geometry share. `plan` says what memory went where, and why; `ranks` are the processes that share the
-    proposal.
+    geometry share. `group_of` maps each aligner to the group that a forward serves. `plan` says what memory
+    went where, and why; `ranks` are the processes that share the proposal.
     """
 
     proposal: PagedModel
-    aligners: Mapping[str, PagedModel]
+    group_of: Mapping[str, AlignerGroup]
     pools: Mapping[str, KvPool]
     pool_of: Mapping[str, str]
     tokenizer: PreTrainedTokenizerBase
@@ -59,9 +65,28 @@ class ModelBank:
     ranks: Ranks
     proposal_pool: str = field(default=_PROPOSAL_POOL)
 
+    @property
+    def aligners(self) -> dict[str, PagedModel]:
+        """The model that serves each aligner, perhaps others too."""
+        return {name: group.model for name, group in self.group_of.items()}
+
+    @property
+    def groups(self) -> tuple[AlignerGroup, ...]:
+        """All groups, each once."""
+        return tuple(dict.fromkeys(self.group_of.values()))
+
     def model(self, name: str) -> PagedModel:
-        """A model by the name that lanes have for it."""
-        return self.proposal if name == PROPOSAL else self.aligners[name]
+        """The proposal, or the model that serves an aligner."""
+        return self.proposal if name == PROPOSAL else self.group_of[name].model
+
+    def forward(
+        self, name: str, batch: PackedBatch, pool: KvPool, slots: Int64[Tensor, " token"] | None
+    ) -> Float[Tensor, "logit padded_vocab"]:
+        """Run the proposal, or the group of that name; `slots` are those of a group that shares a module."""
+        if name == PROPOSAL:
+            return self.proposal.forward(batch, pool)
+        group = next(group for group in self.groups if group.name == name)
+        return group.forward(batch, pool, slots)
 
     @property
     def limits(self) -> EngineLimits:
@@ -83,11 +108,13 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
         VocabularyMismatch: an aligner's tokenizer is not the proposal's.
     """
     sources = {PROPOSAL: config.proposal} | {a.name: a.source for a in config.aligners}
+    adapters = {a.name: read_lora_config(a.source) for a in config.aligners if is_adapter(a.source)}
+    sources |= {name: adapter.base for name, adapter in adapters.items()}
     if len(sources) != len(config.aligners) + 1:
         raise CheckpointError("two aligners have the same name, or one is called `proposal`")
     progress("reading configs and tokenizers")
     configs = {name: _load_supported_config(name, source, config) for name, source in sources.items()}
-    tokenizer = _load_tokenizers(sources, config)
+    tokenizer = _load_tokenizers(config, adapters)
     rows = {name: loaded.get_text_config().vocab_size for name, loaded in configs.items()}
     vocab_size = shared_vocabulary_size(tokenizer, rows.pop(PROPOSAL), rows)
     max_model_len = _choose_max_model_len(config, configs)
@@ -98,13 +125,16 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
     dtype = resolve_dtype(config.dtype, device, configs[PROPOSAL])
     free = ranks.least(free_bytes(device))
     if free is not None:
-        check_fits(config, expected_needs(config, configs, dtype), max_model_len, free)
-    models = _load_models(sources, config, ranks, dtype, vocab_size, progress)
-    loaded = dict(models)
-    proposal = models.pop(PROPOSAL)
+        check_fits(config, expected_needs(config, each_once(configs, adapters), dtype), max_model_len, free)
 
-    geometries, pool_of = _share_pools(proposal, models)
-    needs = needs_of(loaded, geometries.values())
+    def load(name: str) -> PagedModel:
+        return _load_model(name, sources[name], config, ranks, dtype, vocab_size, progress)
+
+    proposal = load(PROPOSAL)
+    groups = load_groups(config, configs, adapters, load, progress)
+    group_of = {name: group for group in groups for name in group.names}
+    geometries, pool_of = _share_pools(proposal, {name: group.model for name, group in group_of.items()})
+    needs = _needs(proposal, groups, geometries.values())
     kv = plan_kv(config, needs, max_model_len, ranks.least(free_bytes(device)))
     words = f"reserving KV memory for {kv.num_tokens} tokens"
     progress(words)
@@ -115,7 +145,7 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
         }
     return ModelBank(
         proposal=proposal,
-        aligners=models,
+        group_of=group_of,
         pools=pools,
         pool_of=pool_of,
         tokenizer=tokenizer,
@@ -128,34 +158,37 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
     )
 
 
-def _load_models(
-    sources: Mapping[str, str],
+def _load_model(
+    name: str,
+    source: str,
     config: EngineConfig,
     ranks: Ranks,
     dtype: torch.dtype,
     vocab_size: int,
     progress: Progress,
-) -> dict[str, PagedModel]:
-    """All models, checked; only the proposal may be quantised, or shared between processes."""
-    models: dict[str, PagedModel] = {}
-    for name, source in sources.items():
-        is_proposal = name == PROPOSAL
-        progress(f"loading {name} ({source}) on {ranks.device} as {str(dtype).removeprefix('torch.')}")
-        model = load_model(
-            source,
-            device=ranks.device,
-            dtype=dtype,
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=config.trust_remote_code,
-            quantization=config.quantization if is_proposal else PLAIN,
-            num_ranks=ranks.size if is_proposal else 1,
-        )
-        is_shared = is_proposal and ranks.size > 1
-        models[name] = (
-            SharedModel(model, name=name, ranks=ranks) if is_shared else PagedModel(model, name=name)
-        )
-        check_conformance(models[name], vocab_size)
-    return models
+) -> PagedModel:
+    """A model, checked; only the proposal may be quantised, or shared between processes."""
+    is_proposal = name == PROPOSAL
+    progress(f"loading {name} ({source}) on {ranks.device} as {str(dtype).removeprefix('torch.')}")
+    model = load_model(
+        source,
+        device=ranks.device,
+        dtype=dtype,
+        attn_implementation=ATTENTION_NAME,
+        trust_remote_code=config.trust_remote_code,
+        quantization=config.quantization if is_proposal else PLAIN,
+        num_ranks=ranks.size if is_proposal else 1,
+    )
+    is_shared = is_proposal and ranks.size > 1
+    paged = SharedModel(model, name=name, ranks=ranks) if is_shared else PagedModel(model, name=name)
+    check_conformance(paged, vocab_size)
+    return paged
+
+
+def _needs(proposal: PagedModel, groups: Iterable[AlignerGroup], geometries: Iterable[KvGeometry]) -> Needs:
+    needs = needs_of({PROPOSAL: proposal}, geometries)
+    own = {name: num_bytes for group in groups for name, num_bytes in group.weight_bytes.items()}
+    return replace(needs, weight_bytes={**needs.weight_bytes, **own})
 
 
 def _load_supported_config(name: str, source: str, config: EngineConfig) -> PretrainedConfig:
@@ -166,12 +199,16 @@ def _load_supported_config(name: str, source: str, config: EngineConfig) -> Pret
     return loaded
 
 
-def _load_tokenizers(sources: Mapping[str, str], config: EngineConfig) -> PreTrainedTokenizerBase:
-    """The shared tokenizer, after every aligner's was compared with it."""
-    tokenizer = load_tokenizer(sources["proposal"], trust_remote_code=config.trust_remote_code)
+def _load_tokenizers(config: EngineConfig, adapters: Mapping[str, LoraConfig]) -> PreTrainedTokenizerBase:
+    """The shared tokenizer, after every aligner's was compared with it; those of one place once."""
+    tokenizer = load_tokenizer(config.proposal, trust_remote_code=config.trust_remote_code)
+    places: dict[str, str] = {}
     for aligner in config.aligners:
-        own = load_tokenizer(aligner.source, trust_remote_code=config.trust_remote_code)
-        check_same_vocabulary(tokenizer, own, aligner_name=aligner.name)
+        adapter = adapters.get(aligner.name)
+        places.setdefault(adapter.tokenizer_source if adapter else aligner.source, aligner.name)
+    for source, name in places.items():
+        own = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        check_same_vocabulary(tokenizer, own, aligner_name=name)
     return tokenizer
 
 

@@ -29,6 +29,10 @@ class EngineConfig:
     `quantization` stores the proposal's weights as int8, int4 or fp8 while it loads them (none: as they are).
     `tensor_parallel` processes, begun by torchrun, share the proposal's layers, a device each.
 
+    With `aligner_bank`, aligners of one architecture share a module, and one forward serves any mix of them;
+    LoRA adapters of one base always do. Such a module has room for `aligner_slots` aligners, or if there are
+    more for those: weights can be changed while it serves if there is a slot to spare.
+
     With `prefix_cache`, requests begin behind the longest prefix that an earlier one of their tenant left in
     KV memory. `is_overlapping` plans a step while the one before runs (None: on CUDA); `has_static_shapes`
     pads steps that only draw, so that few different shapes occur. `cuda_graphs` captures such steps before
@@ -47,6 +51,8 @@ class EngineConfig:
     max_chunk_tokens: int = 0
     max_queue: int = 256
     prefix_cache: bool = True
+    aligner_bank: bool = True
+    aligner_slots: int = 0
     is_overlapping: bool | None = None
     has_static_shapes: bool = False
     cuda_graphs: bool | None = None

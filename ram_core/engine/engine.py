@@ -30,6 +30,7 @@ from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory,
 from ram_core.engine.scheduler import ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
 from ram_core.errors import EngineOutOfMemory, NonFiniteLogits
+from ram_core.params import AlignerTerm
 from ram_core.resampling import warm_up
 
 logger = logging.getLogger(__name__)
@@ -185,9 +186,7 @@ class Engine:
         alignment = request.alignment
         lanes = [Lane(PROPOSAL, self.bank.proposal_pool)]
         if not alignment.is_identity:
-            lanes += [
-                Lane(term.aligner, self.bank.pool_of[term.aligner], term.strength) for term in alignment.terms
-            ]
+            lanes += [self._make_lane(term) for term in alignment.terms]
         eos = frozenset() if request.sampling.ignore_eos else self.bank.eos_ids
         return Sequence(
             request=request,
@@ -207,6 +206,12 @@ class Engine:
         for sequence in started:
             if sequence.has_started:
                 continue
+    def _make_lane(self, term: AlignerTerm) -> Lane:
+        """In the version of the aligner that is current now, which the sequence keeps."""
+        group = self.bank.group_of[term.aligner]
+        model, slot = group.lane(term.aligner)
+        return Lane(model, self.bank.pool_of[term.aligner], term.strength, group.name, slot)
+
             sequence.has_started = True
             num_cached = sequence.lanes[0].num_named * self.bank.page_size
             self._counts["num_prompt_tokens"] += len(sequence.request.prompt_ids)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ram_core.engine.layout import PackedStep, Shapes, StepLayout, StepPacker, buckets
+from ram_core.engine.layout import PackedStep, Served, Shapes, StepLayout, StepPacker, buckets
 from ram_core.params import MAX_TOP_LOG_PROBS
 from ram_core.resampling import StepFeatures
 
@@ -70,16 +70,16 @@ def graph_shapes(max_batch: int, max_pages: int, num_kinds: int, max_graphs: int
 
 
 def common_steps(
-    packer: StepPacker, kinds: Sequence[Sequence[tuple[str, str]]], max_graphs: int = MAX_GRAPHS
+    packer: StepPacker, kinds: Sequence[Sequence[Served]], max_graphs: int = MAX_GRAPHS
 ) -> list[PackedStep]:
     """Steps of padding alone, of the layouts that `packer` gives to what is common; the most common first.
 
-    A kind is a set of models, each with its pool, the proposal first.
+    A kind is a set of models, the proposal first.
     """
     return list(itertools.islice(_all_steps(packer, kinds), max_graphs))
 
 
-def _all_steps(packer: StepPacker, kinds: Sequence[Sequence[tuple[str, str]]]) -> Iterator[PackedStep]:
+def _all_steps(packer: StepPacker, kinds: Sequence[Sequence[Served]]) -> Iterator[PackedStep]:
     shapes = packer.shapes
     assert shapes is not None, "only padded steps have layouts in common"
     # Plain requests before those that ask for more; large steps first, in whose memory small ones fit.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +30,8 @@ class ModelUse:
     """One model's part of a step.
 
     With `is_fed`, its tokens come from the table of tokens drawn last, or from the numbers, as each says;
-    without, all of them from the numbers. With `has_terms`, its logits weigh on rows that draw.
+    without, all of them from the numbers. With `has_terms`, its logits weigh on rows that draw. With
+    `is_stacked`, `model` is a group of models that share a module, and each token has the slot of its own.
     """
 
     model: str
@@ -37,24 +39,28 @@ class ModelUse:
     batch: BatchLayout
     is_fed: bool
     has_terms: bool
+    is_stacked: bool = False
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """How many numbers there are of the batch, of sources, of the terms' rows, and of strengths."""
-        num_terms = self.batch.num_logits if self.has_terms else 0
-        return self.batch.num_numbers, self.batch.num_tokens if self.is_fed else 0, num_terms, num_terms
+    def sizes(self) -> tuple[int, int, int, int, int]:
+        """How many numbers there are of the batch, sources, slots, and the terms' rows and strengths."""
+        num_tokens, num_terms = self.batch.num_tokens, self.batch.num_logits if self.has_terms else 0
+        num_sources, num_slots = num_tokens * self.is_fed, num_tokens * self.is_stacked
+        return self.batch.num_numbers, num_sources, num_slots, num_terms, num_terms
 
 
 @dataclass(frozen=True, slots=True)
 class UseNumbers:
     """The numbers of a model's part.
 
-    `sources` index the table of tokens drawn last, and behind it the batch's own. `rows` are those of the
-    step that the logits belong to, with what `strength`; padding belongs to the row after the last.
+    `sources` index the table of tokens drawn last, and behind it the batch's own. `group_slots` say which of
+    a group's models reads each token. `rows` are those of the step that the logits belong to, with what
+    `strength`; padding belongs to the row after the last.
     """
 
     batch: PackedBatch
     sources: Int64[Tensor, " token"]
+    group_slots: Int64[Tensor, " token"]
     rows: Int64[Tensor, " logit"]
     strength: Float[Tensor, " logit"]
 
@@ -82,9 +88,9 @@ class StepLayout:
         *parts, slots, positions = torch.split(flat, [*sizes, self.num_drawing, self.num_drawing])
         uses = []
         for index, use in enumerate(self.uses):
-            batch, sources, rows, strength = parts[4 * index : 4 * index + 4]
-            packed = use.batch.read(batch)
-            uses.append(UseNumbers(packed, sources, rows, strength.view(torch.float64).float()))
+            batch, sources, group_slots, rows, strength = parts[5 * index : 5 * index + 5]
+            packed, weights = use.batch.read(batch), strength.view(torch.float64).float()
+            uses.append(UseNumbers(packed, sources, group_slots, rows, weights))
         return StepNumbers(tuple(uses), slots, positions)
 
 
@@ -141,6 +147,14 @@ def buckets(largest: int) -> tuple[int, ...]:
     return tuple(sorted({bucket(size) for size in range(1, largest + 1)}))
 
 
+class Served(NamedTuple):
+    """What reads a part of a step: a model or a group, the pool of its pages, and whether slots are told."""
+
+    model: str
+    pool: str
+    is_stacked: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class StepPacker:
     """Lays steps out. The `padding_slot` is the last of the table of tokens drawn last."""
@@ -163,7 +177,7 @@ class StepPacker:
             num_pages = shapes.num_pages(pages_for(max(row.end for row in rows), self.page_size))
         place = {id(row): index for index, row in enumerate(drawing)}
         uses = []
-        lanes = _lanes_by_model(rows)
+        lanes = _lanes_by_use(rows)
         for busy in lanes.values():
             num_rows = 0
             if shapes is not None:
@@ -175,13 +189,13 @@ class StepPacker:
         return self._join(uses, slots, num_drawing, features)
 
     def blank(
-        self, models: Rows[tuple[str, str]], num_rows: int, num_pages: int, features: StepFeatures
+        self, models: Rows[Served], num_rows: int, num_pages: int, features: StepFeatures
     ) -> PackedStep:
-        """A step of padding alone: of `models`, each with its pool, the proposal first."""
+        """A step of padding alone: of `models`, the proposal first."""
         maker = _UseMaker(self, num_rows, num_pages, is_fed=True)
         uses = [
-            maker.finish(model, pool, [], {}, None if index == 0 else [], num_rows)
-            for index, (model, pool) in enumerate(models)
+            maker.finish(served, [], {}, [], None if index == 0 else [], num_rows)
+            for index, served in enumerate(models)
         ]
         return self._join(uses, [], num_rows, features)
 
@@ -198,14 +212,31 @@ class StepPacker:
         return PackedStep(layout, np.concatenate([*[numbers for _, numbers in uses], ends]), len(drawing))
 
 
-def _lanes_by_model(rows: Rows[ScheduledRow]) -> dict[str, list[tuple[ScheduledRow, int]]]:
-    """The lanes of each model that have anything to read; the proposal's come first, as they do in a row."""
-    found: dict[str, list[tuple[ScheduledRow, int]]] = {}
+def _lanes_by_use(rows: Rows[ScheduledRow]) -> dict[tuple[str, int], list[tuple[ScheduledRow, int]]]:
+    """The lanes that have anything to read by what serves them; the proposal's come first, as in a row.
+
+    A row that has several lanes in a group takes part in as many forwards of it, as a term knows a row once.
+    Lanes of a group are in the order of their slots, those of one token before the others.
+    """
+    found: dict[tuple[str, int], list[tuple[ScheduledRow, int]]] = {}
     for row in rows:
+        turns: dict[str, int] = {}
         for lane, kept in enumerate(row.sequence.lanes):
             if row.lane_starts[lane] < row.end:
-                found.setdefault(kept.model, []).append((row, lane))
+                name = kept.group or kept.model
+                found.setdefault((name, turns.setdefault(name, 0)), []).append((row, lane))
+                turns[name] += 1
+    for busy in found.values():
+        busy.sort(key=_place_in_group)
     return found
+
+
+def _place_in_group(use: tuple[ScheduledRow, int]) -> tuple[bool, int]:
+    row, lane = use
+    kept = row.sequence.lanes[lane]
+    # Elsewhere the order stays as it is.
+    is_long = kept.group_slot >= 0 and row.end - row.lane_starts[lane] > 1
+    return is_long, kept.group_slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +255,7 @@ class _UseMaker:
         packed: list[Row] = []
         fed: dict[int, int] = {}
         terms: list[tuple[int, float]] = []
+        group_slots: list[int] = []
         num_tokens = 0
         for row, lane in busy:
             start, known, kept = row.lane_starts[lane], row.sequence.token_ids, row.sequence.lanes[lane]
@@ -234,18 +266,20 @@ class _UseMaker:
                 token_ids.append(0)
                 fed[num_tokens - 1] = row.sequence.slot
             packed.append(Row(token_ids, start, kept.pages, row.draws))
+            group_slots += [kept.group_slot] * len(token_ids)
             if row.draws and lane:
                 terms.append((place[id(row)], kept.strength))
         row, lane = busy[0]
         kept = row.sequence.lanes[lane]
-        return self.finish(kept.model, kept.pool, packed, fed, terms if lane else None, num_drawing)
+        served = Served(kept.group or kept.model, kept.pool, kept.group_slot >= 0)
+        return self.finish(served, packed, fed, group_slots, terms if lane else None, num_drawing)
 
     def finish(
         self,
-        model: str,
-        pool: str,
+        served: Served,
         rows: list[Row],
         fed: dict[int, int],
+        group_slots: list[int],
         terms: list[tuple[int, float]] | None,
         num_drawing: int,
     ) -> tuple[ModelUse, Numbers]:
@@ -259,10 +293,15 @@ class _UseMaker:
             sources = np.arange(batch.num_tokens) + self.packer.padding_slot + 1
             sources[list(fed)] = list(fed.values())
             parts.append(sources)
+        if served.is_stacked:
+            # Padding is read by a model that is read anyway.
+            last = group_slots[-1] if group_slots else 0
+            parts.append(np.array(group_slots + [last] * (batch.num_tokens - len(group_slots)), np.int64))
         if terms is not None:
             # Padding belongs to none of the step's rows.
             padded = terms + [(num_drawing, 0.0)] * (batch.num_logits - len(terms))
             index, strength = zip(*padded, strict=True) if padded else ((), ())
             parts += [np.array(index, np.int64), np.array(strength, np.float64).view(np.int64)]
-        use = ModelUse(model, pool, batch, is_fed, has_terms=bool(terms is not None and batch.num_logits))
+        has_terms = bool(terms is not None and batch.num_logits)
+        use = ModelUse(served.model, served.pool, batch, is_fed, has_terms, served.is_stacked)
         return use, np.concatenate(parts)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ram_core.engine.bank import PROPOSAL, ModelBank
 from ram_core.engine.device import Fork, send_home
 from ram_core.engine.graphs import Recorder, StepGraphs, common_steps
-from ram_core.engine.layout import ModelUse, Shapes, StepLayout, StepPacker, UseNumbers
+from ram_core.engine.layout import ModelUse, Served, Shapes, StepLayout, StepPacker, UseNumbers
 from ram_core.engine.messages import StepTelemetry
 from ram_core.engine.scheduler import ScheduledRow
 from ram_core.engine.sequence import Sequence
@@ -136,13 +136,15 @@ class Runner:
         if use.is_fed:
             known = torch.cat([self._last_tokens, batch.input_ids])
             batch = replace(batch, input_ids=known.index_select(0, numbers.sources))
-        return self._bank.model(use.model).forward(batch, self._bank.pools[use.pool])
+        slots = numbers.group_slots if use.is_stacked else None
+        return self._bank.forward(use.model, batch, self._bank.pools[use.pool], slots)
 
 
-def step_kinds(bank: ModelBank) -> list[list[tuple[str, str]]]:
-    """The sets of models that most steps use, each with its pool: the proposal, alone or with an aligner."""
-    proposal = (PROPOSAL, bank.proposal_pool)
-    return [[proposal], *[[proposal, (name, pool)] for name, pool in bank.pool_of.items()]]
+def step_kinds(bank: ModelBank) -> list[list[Served]]:
+    """The sets of models that most steps use: the proposal, alone or with a group of aligners."""
+    proposal = Served(PROPOSAL, bank.proposal_pool)
+    aligned = [Served(group.name, bank.pool_of[group.names[0]], group.is_stacked) for group in bank.groups]
+    return [[proposal], *[[proposal, served] for served in aligned]]
 
 
 def is_out_of_memory(error: Exception) -> bool:

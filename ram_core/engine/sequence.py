@@ -13,6 +13,9 @@ from ram_core.engine.pages import PrefixKey, chain_next
 class Lane:
     """A sequence's KV in one model: `pages` of pool `pool`, in order.
 
+    `model` names the pages. It is served by `group`, or by itself if that is "": in a group that shares a
+    module, with the weights of `group_slot`; -1 elsewhere.
+
     The first `num_computed` tokens are in them, or will be when the steps under way are done; the first
     `num_named` pages can be found by other sequences. Both mean nothing while the sequence waits.
     """
@@ -20,6 +23,8 @@ class Lane:
     model: str
     pool: str
     strength: float = 1.0
+    group: str = ""
+    group_slot: int = -1
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_named: int = 0

@@ -53,9 +53,16 @@ class PagedModel:
     @torch.inference_mode()
     def _learn_geometry(self) -> KvGeometry:
         probe = ShapeProbe()
+    def run_blank(self, num_tokens: int) -> ShapeProbe:
+        """Send tokens through the layers for their shapes alone; what comes out means nothing."""
+        probe = ShapeProbe()
+        zeros = torch.zeros(num_tokens, dtype=torch.long, device=self.device)
+        self._call(zeros, zeros, zeros[:1], probe)
+        return probe
+
         zero = torch.zeros(1, dtype=torch.long, device=self.device)
         try:
-            self._call(zero, zero, zero, probe)
+            probe = self.run_blank(1)
         except CheckpointError:
             raise
         except Exception as error:

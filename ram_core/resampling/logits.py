@@ -20,9 +20,9 @@ class LogProbs:
 
 @dataclass(frozen=True, slots=True)
 class AlignerLogits:
-    """One aligner's raw logits for the batch rows `rows`, and the `strength` it has in each.
+    """Aligners' raw logits for the batch rows `rows`, and the `strength` that they have in each.
 
-    Row numbers ascend; those that equal the batch's number of rows are padding, which is ignored.
+    No row occurs twice. Row numbers that equal the batch's number of rows are padding, which is ignored.
     """
 
     rows: Int64[Tensor, " rows"]

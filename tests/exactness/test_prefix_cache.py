@@ -11,7 +11,16 @@ from ram_core.engine.config import EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Cancel, Event, FailedEvent, Request, StartedEvent, TokenEvent
 from ram_core.params import AlignmentParams, SamplingParams
-from tests.exactness.test_engine import ALIGNED, GREEDY, IDENTITY, TERSE, TWICE, anew, make_config
+from tests.exactness.test_engine import (
+    ALIGNED,
+    GREEDY,
+    IDENTITY,
+    TERSE,
+    TWICE,
+    anew,
+    first_weight,
+    make_config,
+)
 
 PAGE = 4
 PROMPT = tuple(range(30, 59))
@@ -193,7 +202,7 @@ def test_choices_go_on_when_the_one_they_wait_for_is_cancelled(loaded: Engine) -
 def test_what_a_failed_request_computed_is_never_found(loaded: Engine) -> None:
     """Memory is kept finite, so its pages would look sound."""
     engine = anew(loaded, max_step_tokens=9)
-    weight = next(engine.bank.aligners["polite"].model.parameters())
+    weight = first_weight(engine, "polite")
     before = weight.detach().clone()
     with torch.inference_mode():
         weight.fill_(torch.nan)

@@ -1,0 +1,303 @@
+"""Models of one architecture as one module whose every weight has a leading slot axis.
+
+The model's code stays its own: only its leaves are replaced, by twins that take for each token the weights
+of its slot. On a device a linear layer's twin is a grouped product; on CPU it multiplies the rows of each
+slot by that slot's weight, laid out as `packed_linear` does it for a model alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import layer_norm
+
+from ram_core.errors import CheckpointError
+from ram_core.models.grouped_linear import RowGroups, current_groups, grouped_linear
+from ram_core.models.model_stack import ModelStack, Twin, by_module, head_of, replace_module
+from ram_core.models.packed_linear import PackedLinear
+from ram_core.models.paged import PagedModel
+
+Linear = nn.Linear | PackedLinear
+
+_NORM_NAMES = {"weight", "bias"}
+_PREFIX = "stacked_"
+
+
+class StackedModel(ModelStack):
+    """`num_slots` models of the architecture of `paged`, whose leaves this replaces; all slots begin empty.
+
+    Raises:
+        CheckpointError: the architecture has weights outside the leaves that can be replaced; nothing was.
+    """
+
+    def __init__(self, paged: PagedModel, num_slots: int) -> None:
+        if reason := unstackable_reason(paged.model):
+            raise CheckpointError(f"`{paged.name}` shares no module with others: {reason}")
+        self._shapes = {name: weight.shape for name, weight in plain_weights(paged.model).items()}
+        twins = _replace_leaves(paged.model, num_slots, _trailing_axes(paged))
+        super().__init__(paged, num_slots, twins, slot_bytes=paged.weight_bytes)
+
+    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+        """Begin to put a model's weights, as `plain_weights` names them, into a slot that nothing uses.
+
+        Raises:
+            CheckpointError: a weight is missing, unknown, or of another shape.
+        """
+        odd = sorted(self._shapes.keys() ^ weights.keys())
+        odd += [
+            name for name, shape in self._shapes.items() if name in weights and weights[name].shape != shape
+        ]
+        if odd:
+            raise CheckpointError(f"weights of another architecture than `{self.paged.name}`'s: `{odd[0]}`")
+        self._copy(slot, by_module(weights))
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Every weight of a model by name, those of packed layers and tied ones too."""
+    weights = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
+    packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
+    return weights | {f"{name}.weight": layer.weight for name, layer in packed.items()}
+
+
+def unstackable_reason(model: nn.Module) -> str | None:
+    """Why models of this architecture cannot share a module; None if nothing is known to speak against it."""
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        kept = {key for key, _ in module.named_buffers(recurse=False)}
+        if kept - module._non_persistent_buffers_set:
+            return f"`{name}` keeps numbers that are no weights"
+        if own and not (is_linear(module) or _is_embedding(module) or _is_norm(module)):
+            return f"`{name}` is a {type(module).__name__}, which is no linear layer, embedding or norm"
+        if any(type(value) is not nn.Parameter for value in own.values()):
+            return f"`{name}` has weights of a layout of its own"
+    return None
+
+
+def is_linear(module: nn.Module) -> TypeGuard[Linear]:
+    """A plain linear layer, as it was or packed; not a subclass, which may do more than multiply."""
+    return type(module) in (nn.Linear, PackedLinear)
+
+
+def _is_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    return isinstance(module, nn.Embedding) and module.max_norm is None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Scales, and perhaps shifts, each feature by a number of its own."""
+    own = dict(module.named_parameters(recurse=False))
+    is_flat = all(value.ndim == 1 for value in own.values())
+    is_leaf = not is_linear(module) and not list(module.children())
+    return bool(own) and is_leaf and is_flat and own.keys() <= _NORM_NAMES
+
+
+@torch.inference_mode()
+def _trailing_axes(paged: PagedModel) -> dict[str, int]:
+    """How many axes each norm's input has after that of the tokens: what differs with their number."""
+    norms = {name: module for name, module in paged.model.named_modules() if _is_norm(module)}
+    seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in norms}
+
+    def watch(name: str) -> Any:
+        return lambda _, inputs: seen[name].append(tuple(inputs[0].shape))
+
+    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in norms.items()]
+    try:
+        for num_tokens in (2, 3):
+            paged.run_blank(num_tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _axes_behind(name, shapes) for name, shapes in seen.items()}
+
+
+def _axes_behind(name: str, shapes: list[tuple[int, ...]]) -> int:
+    if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
+        axes = [at for at, sizes in enumerate(zip(*shapes, strict=True)) if sizes == (2, 3)]
+        if len(axes) == 1 and axes[0] < len(shapes[0]) - 1:
+            return len(shapes[0]) - axes[0] - 1
+    raise CheckpointError(f"`{name}` does not see every token once, but {shapes}")
+
+
+def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str, int]) -> dict[str, Twin]:
+    """Twins by the names of what they replace; embeddings first, as heads may be tied to them."""
+    twins: dict[str, Twin] = {}
+    # By where the weights lay that they replace.
+    embeddings: dict[int, nn.Parameter] = {}
+    leaves = dict(model.named_modules())
+    for name, module in leaves.items():
+        if _is_embedding(module):
+            place = module.weight.data_ptr()
+            twins[name] = leaf = _Leaf(module, num_slots, trailing_axes=1)
+            embeddings[place] = leaf.stacks["weight"]
+    for name, module in leaves.items():
+        if is_linear(module):
+            is_kept = type(module) is nn.Linear or module.keeps_plain
+            tied = embeddings.get(module.weight.data_ptr()) if is_kept else None
+            kind = SlotLinear if module.weight.device.type == "cpu" else StackedLinear
+            twins[name] = kind(module, num_slots, is_head=module is head_of(model), tied=tied)
+        elif name not in twins and list(module.parameters(recurse=False)):
+            twins[name] = _Leaf(module, num_slots, trailing_axes[name])
+    for name, twin in twins.items():
+        if isinstance(twin, nn.Module):
+            replace_module(model, name, twin)
+    return twins
+
+
+class SlotLinear(nn.Module):
+    """A linear layer for each slot, on CPU: each takes the rows of its slot, and empty ones are not read."""
+
+    def __init__(self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._is_head, self._tied = is_head, tied
+        self._is_packed = isinstance(layer, PackedLinear)
+        self._keeps_plain = isinstance(layer, PackedLinear) and layer.keeps_plain
+        self._layers: list[nn.Module | None] = [None] * num_slots
+
+    @property
+    def weight(self) -> Tensor:
+        """Any slot's weight, for models that ask for its dtype."""
+        weight: Tensor = next(layer for layer in self._layers if layer is not None).weight  # type: ignore[assignment]
+        return weight
+
+    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+        """Lay a slot's weights out."""
+        layer = nn.Linear(1, 1, bias="bias" in weights, device="meta")
+        layer.in_features, layer.out_features = self.in_features, self.out_features
+        for name, weight in weights.items():
+            own = self._tied[slot] if name == "weight" and self._tied is not None else weight.clone()
+            setattr(layer, name, nn.Parameter(own, requires_grad=False))
+        self._layers[slot] = PackedLinear(layer, keeps_plain=self._keeps_plain) if self._is_packed else layer
+
+    def clear(self, slot: int) -> None:
+        """Let a slot's weights go."""
+        self._layers[slot] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ weight[slot of each row].T`, for `x` of shape [..., in_features]."""
+        spans = rows_of_layer(self._is_head).spans
+        assert spans is not None
+        if not spans:
+            return x.new_empty(*x.shape[:-1], self.out_features)
+        if len(spans) == 1:
+            return self._product(spans[0][0], x)
+        rows = x.reshape(-1, self.in_features)
+        parts: dict[int, Tensor] = {}
+        for slot, pieces in spans:
+            own = [rows[start:end] for start, end in pieces]
+            out = self._product(slot, own[0] if len(own) == 1 else torch.cat(own))
+            lengths = [end - start for start, end in pieces]
+            parts |= dict(zip((start for start, _ in pieces), torch.split(out, lengths), strict=True))
+        return torch.cat([parts[start] for start in sorted(parts)]).view(*x.shape[:-1], -1)
+
+    def _product(self, slot: int, rows: Tensor) -> Tensor:
+        layer = self._layers[slot]
+        assert layer is not None
+        out: Tensor = layer(rows)
+        return out
+
+
+class StackedLinear(nn.Module):
+    """Linear layers as one tensor, on a device."""
+
+    def __init__(self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self._is_head, self._is_tied = is_head, tied is not None
+        self.weight = _stack(layer.weight, num_slots) if tied is None else tied
+        self.bias = None if layer.bias is None else _stack(layer.bias, num_slots)
+
+    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+        """Copy a slot's weights; tied ones are the embedding's to copy."""
+        if not self._is_tied:
+            self.weight[slot].copy_(weights["weight"], non_blocking=True)
+        if self.bias is not None:
+            self.bias[slot].copy_(weights["bias"], non_blocking=True)
+
+    def clear(self, slot: int) -> None:
+        """The memory stays: it is the next one's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x @ weight[slot of each row].T`, for `x` of shape [..., in_features]."""
+        rows = x.reshape(-1, self.in_features)
+        out = grouped_linear(rows, self.weight, self.bias, rows_of_layer(self._is_head))
+        return out.view(*x.shape[:-1], self.out_features)
+
+
+def rows_of_layer(is_head: bool) -> RowGroups:
+    """The groups of the rows that a linear layer sees: a head is asked for the wanted logits alone."""
+    groups = current_groups()
+    return groups.logits if is_head else groups.tokens
+
+
+def _stack(weight: Tensor, num_slots: int) -> nn.Parameter:
+    return nn.Parameter(weight.new_zeros(num_slots, *weight.shape), requires_grad=False)
+
+
+class _Leaf:
+    """An embedding or norm whose own code goes on to run, with weights that differ from token to token."""
+
+    def __init__(self, module: nn.Module, num_slots: int, trailing_axes: int) -> None:
+        self.stacks: dict[str, nn.Parameter] = {}
+        for name, weight in list(module.named_parameters(recurse=False)):
+            self.stacks[name] = _stack(weight, num_slots)
+            del module._parameters[name]
+            module.register_parameter(_PREFIX + name, self.stacks[name])
+        # Between tokens and features, weights are the same for all, as for the heads of one token.
+        module.__dict__["middle"] = (1,) * (trailing_axes - 1)
+        module.__class__ = _stacked_class(type(module), tuple(self.stacks))  # type: ignore[arg-type]
+
+    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+        """Copy a slot's weights."""
+        for name, stack in self.stacks.items():
+            stack[slot].copy_(weights[name], non_blocking=True)
+
+    def clear(self, slot: int) -> None:
+        """The memory stays: it is the next one's."""
+
+
+@cache
+def _stacked_class(kind: type[Any], names: tuple[str, ...]) -> type[nn.Module]:
+    """A subclass that finds other weights where it looks for its own."""
+    if issubclass(kind, nn.Embedding):
+        attributes: dict[str, Any] = {"weight": property(_all_rows), "forward": _embed}
+    else:
+        attributes = {name: property(_token_weights(_PREFIX + name)) for name in names}
+        if issubclass(kind, nn.LayerNorm):
+            attributes["forward"] = _layer_norm
+    return type(f"Stacked{kind.__name__}", (kind,), {**attributes, "kind": kind})
+
+
+def _all_rows(module: Any) -> Tensor:
+    """The rows of all slots' embeddings, one after the other."""
+    stack: Tensor = module._parameters[_PREFIX + "weight"]
+    return stack.flatten(0, 1)
+
+
+def _embed(module: Any, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    rows = ids + (current_groups().tokens.slots * module.num_embeddings).view(ids.shape)
+    return module.kind.forward(module, rows, *args, **kwargs)
+
+
+def _token_weights(name: str) -> Any:
+    def weights(module: Any) -> Tensor:
+        """[feature] if the host knows all tokens to be of one slot, else [token, …, feature]."""
+        groups = current_groups().tokens
+        stack: Tensor = module._parameters[name]
+        if groups.spans is not None and len(groups.spans) == 1:
+            return stack[groups.spans[0][0]]
+        own = stack[groups.slots]
+        return own.view(len(own), *module.middle, -1)
+
+    return weights
+
+
+def _layer_norm(module: Any, x: Tensor) -> Tensor:
+    """PyTorch's own insists on one weight for all tokens."""
+    out = layer_norm(x, module.normalized_shape, None, None, module.eps)
+    if _PREFIX + "weight" in module._parameters:
+        out = out * module.weight
+    return out + module.bias if _PREFIX + "bias" in module._parameters else out
