@@ -50,9 +50,6 @@ class PagedModel:
         logits: Tensor = out.logits[0]
         return logits
 
-    @torch.inference_mode()
-    def _learn_geometry(self) -> KvGeometry:
-        probe = ShapeProbe()
     def run_blank(self, num_tokens: int) -> ShapeProbe:
         """Send tokens through the layers for their shapes alone; what comes out means nothing."""
         probe = ShapeProbe()
@@ -60,7 +57,8 @@ class PagedModel:
         self._call(zeros, zeros, zeros[:1], probe)
         return probe
 
-        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+    @torch.inference_mode()
+    def _learn_geometry(self) -> KvGeometry:
         try:
             probe = self.run_blank(1)
         except CheckpointError:
