@@ -200,18 +200,18 @@ class Engine:
             prefix_root=prefix_root,
         )
 
-    def _tell_started(self, started: Rows[Sequence]) -> list[Event]:
-        """One event a request, when its first choice leaves the queue for the first time."""
-        events: list[Event] = []
-        for sequence in started:
-            if sequence.has_started:
-                continue
     def _make_lane(self, term: AlignerTerm) -> Lane:
         """In the version of the aligner that is current now, which the sequence keeps."""
         group = self.bank.group_of[term.aligner]
         model, slot = group.lane(term.aligner)
         return Lane(model, self.bank.pool_of[term.aligner], term.strength, group.name, slot)
 
+    def _tell_started(self, started: Rows[Sequence]) -> list[Event]:
+        """One event a request, when its first choice leaves the queue for the first time."""
+        events: list[Event] = []
+        for sequence in started:
+            if sequence.has_started:
+                continue
             sequence.has_started = True
             num_cached = sequence.lanes[0].num_named * self.bank.page_size
             self._counts["num_prompt_tokens"] += len(sequence.request.prompt_ids)
