@@ -37,7 +37,7 @@ class Fork:
 def send_home(table: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     """A copy on the host, and the event after which it is there; None where it is there already."""
     if table.device.type != "cuda":
-        return table.cpu(), None
+        return table.clone(), None
     home = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
     home.copy_(table, non_blocking=True)
     arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]

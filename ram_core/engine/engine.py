@@ -10,7 +10,7 @@ from collections.abc import Sequence as Rows
 
 from ram_core.engine.bank import PROPOSAL, ModelBank, Progress, load_bank
 from ram_core.engine.config import EngineConfig
-from ram_core.engine.graphs import CudaRecorder, EagerRecorder, graph_shapes
+from ram_core.engine.graphs import CudaRecorder, EagerRecorder, Recorder, graph_shapes
 from ram_core.engine.layout import Shapes, buckets
 from ram_core.engine.memory import keep_freed_memory
 from ram_core.engine.messages import (
@@ -90,10 +90,13 @@ class Engine:
             return graph_shapes(max_batch, max_pages, num_kinds=len(step_kinds(self.bank)))
         return Shapes(buckets(max_batch), buckets(max_pages)) if self.config.has_static_shapes else None
 
-    def capture(self, progress: Progress = lambda _: None) -> tuple[str, str]:
+    def capture(
+        self, progress: Progress = lambda _: None, recorder: Recorder | None = None
+    ) -> tuple[str, str]:
         """Record common steps, before any request is served; returns how many, and of what kind."""
         device = self.bank.proposal.device
-        recorder = CudaRecorder(device) if device.type == "cuda" else EagerRecorder()
+        if recorder is None:
+            recorder = CudaRecorder(device) if device.type == "cuda" else EagerRecorder()
         num_steps = self._runner.capture(recorder, progress)
         return str(num_steps), "of one proposal token a row, alone or with one aligner; others run eagerly"
 
@@ -137,9 +140,12 @@ class Engine:
                 self._scheduler.shrink()
             events += [self._tell_starved(sequence) for sequence in starved]
             self._in_flight.append(launched)
+            self._scheduler.begin_step()
         while len(self._in_flight) > (self._max_in_flight if plan.rows else 0):
             for part in self._in_flight.popleft():
                 events += self._commit(part.rows, part.collect())
+            # All that it read and wrote is done, on every stream: its results came after.
+            self._scheduler.end_step()
         self._counts["num_steps"] += 1
         return events
 

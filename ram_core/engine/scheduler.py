@@ -11,12 +11,15 @@ noise is counter-based, so it draws the same tokens). Every admitted sequence fi
 best priority always gets on and nothing can wait for ever.
 
 A plan may be made while earlier steps still run: the tokens that these draw are counted before they are
-known. Pages change hands at once, as the device runs its steps one after the other.
+known. Pages that a sequence gives back are free only when every step is done that was launched before: until
+then they are leaving. So no page is ever written for its new owner while anybody may still read or write it
+for the old one, whatever runs beside the steps. A sequence that would need a leaving page waits for it. Slots
+change hands at once: only the one stream that runs the steps touches what stands in them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -86,6 +89,10 @@ class Scheduler:
         self._queue = FairQueue(quantum=max_step_tokens)
         # Choices that wait for the first of their request to have read the prompt that they share.
         self._followers: dict[Sequence, list[Sequence]] = {}
+        self._num_launched = 0
+        self._num_done = 0
+        # What was given back while steps ran: pool, pages, and the last step that was launched before.
+        self._leaving: deque[tuple[int, str, list[int]]] = deque()
         self._max_chunk_tokens = max_chunk_tokens
         self._set_budget(max_step_tokens)
 
@@ -117,7 +124,7 @@ class Scheduler:
         ]
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or not; its slot and pages are free at once."""
+        """Forget a sequence, finished or not; its slot is free at once, its pages when no step runs."""
         for leader, others in self._followers.items():
             if sequence in others:
                 others.remove(sequence)
@@ -157,6 +164,17 @@ class Scheduler:
         rows += [self._row(sequence, num) for sequence, num in zip(reading, shares, strict=True) if num]
         rows.sort(key=lambda row: row.num_tokens > 1)
         return Plan(tuple(rows), tuple(started))
+
+    def begin_step(self) -> None:
+        """Note that a step was launched: pages that are given back from now on wait for it."""
+        self._num_launched += 1
+
+    def end_step(self) -> None:
+        """Note that the first step that was launched and did not end is done; pages that waited are free."""
+        self._num_done += 1
+        while self._leaving and self._leaving[0][0] <= self._num_done:
+            _, pool, pages = self._leaving.popleft()
+            self.books[pool].give_back(pages)
 
     def commit(self, row: ScheduledRow, token_id: int) -> None:
         """Note the token that a row drew. The row must be current: what others drew is void."""
@@ -206,7 +224,7 @@ class Scheduler:
     def _start(self, sequence: Sequence) -> bool:
         """Give the head of the queue a slot, what it shares, and pages for the rest; False without room."""
         while (prefixes := self._prefixes_with_room(sequence)) is None:
-            worst = self._worst()
+            worst = None if self._is_room_coming(sequence) else self._worst()
             if worst is None or worst.request.priority <= sequence.request.priority:
                 return False
             self.put_back(worst)
@@ -277,21 +295,41 @@ class Scheduler:
         if not self._free_slots:
             return None
         prefixes = self._find_prefixes(sequence)
+        needed = self._needed_behind(sequence, prefixes)
+        has_room = all(count <= self.books[pool].num_free for pool, count in needed.items())
+        return prefixes if has_room else None
+
+    def _needed_behind(self, sequence: Sequence, prefixes: list[list[int]]) -> Counter[str]:
+        """Free pages that a sequence takes of each pool to start behind what its lanes found."""
         wanted = pages_for(len(sequence.token_ids) + 1, self._page_size)
         needed: Counter[str] = Counter()
         for lane, found in zip(sequence.lanes, prefixes, strict=True):
             needed[lane.pool] += wanted - len(found) + self.books[lane.pool].num_idle(found)
-        has_room = all(count <= self.books[pool].num_free for pool, count in needed.items())
-        return prefixes if has_room else None
+        return needed
+
+    def _is_room_coming(self, sequence: Sequence) -> bool:
+        """Whether a slot is free, and pages will be when the steps under way are done."""
+        if not self._free_slots:
+            return False
+        return self._is_coming(self._needed_behind(sequence, self._find_prefixes(sequence)))
+
+    def _is_coming(self, needed: Counter[str]) -> bool:
+        """Whether so many pages of each pool are free when the steps under way are done."""
+        free = Counter({pool: self.books[pool].num_free for pool in needed})
+        for _, pool, pages in self._leaving:
+            free[pool] += sum(self.books[pool].num_holders(page) == 1 for page in pages)
+        return bool(self._leaving) and all(free[pool] >= count for pool, count in needed.items())
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Reserve the next token's page, putting back worse sequences; False if it had to go itself."""
+        """Reserve the next token's page, putting back worse sequences; False if it has to wait or go."""
         total = sequence.num_tokens
         wanted = pages_for(total, self._page_size)
         needed = Counter({lane.pool: 0 for lane in sequence.lanes})
         for lane in sequence.lanes:
             needed[lane.pool] += max(0, wanted - len(lane.pages))
         while any(count > self.books[pool].num_free for pool, count in needed.items()):
+            if self._is_coming(needed):
+                return False
             worst = self._worst()
             assert worst is not None
             self.put_back(worst)
@@ -311,7 +349,10 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         for lane in sequence.lanes:
-            self.books[lane.pool].give_back(lane.pages)
+            if self._num_launched > self._num_done:
+                self._leaving.append((self._num_launched, lane.pool, lane.pages))
+            else:
+                self.books[lane.pool].give_back(lane.pages)
             lane.pages = []
         self._free_slots.append(sequence.slot)
         sequence.slot = -1

@@ -12,7 +12,10 @@ from ram_core.engine import runner
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Cancel, FailedEvent, Request, TokenEvent
+from ram_core.engine.pages import pages_for
 from ram_core.engine.runner import LaunchedStep, Runner
+from ram_core.engine.scheduler import Scheduler
+from ram_core.engine.sequence import Sequence
 from ram_core.errors import EngineOutOfMemory
 from ram_core.models.packing import PackedBatch
 from ram_core.params import SamplingParams
@@ -72,9 +75,7 @@ def test_overlapping_steps_draw_what_steps_one_by_one_draw(
 
 
 def test_overlapping_steps_survive_preemption(loaded: Engine) -> None:
-    pools = loaded.bank.pools.values()
-    page_bytes = sum(pool.geometry.bytes_per_token * pool.page_size for pool in pools)
-    tight = replace(loaded.config, kv_memory_bytes=31 * page_bytes, max_model_len=60)
+    tight = replace(loaded.config, kv_memory_bytes=31 * page_bytes(loaded), max_model_len=60)
     plain = serve(anew(loaded), mixed_requests())
     for is_overlapping in (False, True):
         engine = Engine.load(replace(tight, is_overlapping=is_overlapping))
@@ -109,6 +110,74 @@ def test_a_request_cancelled_with_a_step_under_way_leaves_nothing(loaded: Engine
     told = [event for event in drain(engine) if isinstance(event, TokenEvent)]
     assert {event.request_id for event in told} == {alive.request_id}
     assert engine.stats.num_pages_used == 0
+
+
+Use = tuple[str, int]
+"""A page of a pool."""
+
+
+class LateSteps:
+    """Steps end when they are collected, and until then they may read and write their pages at any time."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+        self.engine = engine
+        self.num_freed = self.num_rewritten = self.most_under_way = 0
+        self._under_way: list[tuple[LaunchedStep, dict[Use, set[Sequence]]]] = []
+        launch, collect = Runner.launch, LaunchedStep.collect
+        monkeypatch.setattr(Runner, "launch", lambda runner, rows: self._begin(launch(runner, rows)))
+        monkeypatch.setattr(LaunchedStep, "collect", lambda step: self._end(step) or collect(step))
+
+    def _begin(self, step: LaunchedStep) -> LaunchedStep:
+        used: dict[Use, set[Sequence]] = {}
+        written: dict[Use, Sequence] = {}
+        size = self.engine.bank.page_size
+        for row in step.rows:
+            for lane, start in zip(row.sequence.lanes, row.lane_starts, strict=True):
+                for index, page in enumerate(lane.pages[: pages_for(row.end, size)]):
+                    used.setdefault((lane.pool, page), set()).add(row.sequence)
+                    if index >= start // size:
+                        written[lane.pool, page] = row.sequence
+        for _, before in self._under_way:
+            self.num_rewritten += sum(
+                bool(before.get(use, {owner}) - {owner}) for use, owner in written.items()
+            )
+        self._under_way.append((step, used))
+        self.most_under_way = max(self.most_under_way, len(self._under_way))
+        return step
+
+    def _end(self, step: LaunchedStep) -> None:
+        oldest, used = self._under_way.pop(0)
+        assert oldest is step
+        books = self.engine._scheduler.books
+        self.num_freed += sum(books[pool].num_holders(page) == 0 for pool, page in used)
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_no_page_of_a_step_is_free_or_rewritten_before_the_step_is_done(
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch, is_broken: bool
+) -> None:
+    """Sequences end, are cancelled and preempted while steps read them; the control frees pages at once."""
+    plain = serve(anew(loaded), mixed_requests())
+    tight = replace(loaded.config, kv_memory_bytes=31 * page_bytes(loaded), max_model_len=60)
+    engine = Engine.load(replace(tight, is_overlapping=True))
+    if is_broken:
+        monkeypatch.setattr(Scheduler, "begin_step", lambda self: None)
+        monkeypatch.setattr(Scheduler, "end_step", lambda self: None)
+    steps = LateSteps(monkeypatch, engine)
+    gone = Request("gone", PROMPTS[3], SamplingParams(max_tokens=20, ignore_eos=True), ALIGNED)
+    engine.handle(gone)
+    for _ in range(3):
+        engine.step()
+    engine.handle(Cancel("gone"))
+    assert serve(engine, mixed_requests()) == plain
+    assert engine.stats.num_preemptions > 0
+    assert steps.most_under_way == 2
+    assert (steps.num_freed > 0, steps.num_rewritten > 0) == (is_broken, is_broken)
+
+
+def page_bytes(engine: Engine) -> int:
+    """Of one page in all pools."""
+    return sum(pool.geometry.bytes_per_token * pool.page_size for pool in engine.bank.pools.values())
 
 
 def drain(engine: Engine) -> list[object]:
