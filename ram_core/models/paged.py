@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ram_core.errors import CheckpointError
-from ram_core.models.attention import AttentionBackend, PagedAttention, ShapeProbe, attention_backend
+from ram_core.models.attention import AttentionBackend, ShapeProbe, attention_backend
+from ram_core.models.backends import choose_backend
 from ram_core.models.kv import KvGeometry, KvPool
 from ram_core.models.packed_linear import pack_linears
 from ram_core.models.packing import PackedBatch
@@ -18,15 +19,17 @@ from ram_core.models.quantization import weight_bytes
 class PagedModel:
     """Wraps a model loaded with `attn_implementation=ATTENTION_NAME`, and lays its weights out for inference.
 
-    `weight_bytes` are the bytes of all weights as they are stored in this process, tied ones once.
+    `attention` is one of `ATTENTION_KINDS`. `weight_bytes` are the bytes of all weights as they are stored in
+    this process, tied ones once.
 
     Raises:
         CheckpointError: a layer of the model does not go through the attention interface.
     """
 
-    def __init__(self, model: PreTrainedModel, *, name: str) -> None:
+    def __init__(self, model: PreTrainedModel, *, name: str, attention: str = "auto") -> None:
         self.model = model
         self.name = name
+        self.attention = attention
         self.device = model.device
         self.weight_bytes = weight_bytes(model)
         pack_linears(model)
@@ -35,7 +38,8 @@ class PagedModel:
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, pool: KvPool) -> Float[Tensor, "logit padded_vocab"]:
         """Advance every row; return raw logits after each row's last token, for rows that want them."""
-        return self._call(batch.input_ids, batch.positions, batch.logit_tokens, PagedAttention(batch, pool))
+        backend = choose_backend(batch, pool, self.attention)
+        return self._call(batch.input_ids, batch.positions, batch.logit_tokens, backend)
 
     def _call(
         self, input_ids: Tensor, positions: Tensor, logit_tokens: Tensor, backend: AttentionBackend
