@@ -84,8 +84,8 @@ def stored_bytes(tensor: Tensor) -> int:
     """Bytes that a tensor takes in this process: not those of its shape if it is quantised or shared."""
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
-        names, _ = flatten()
-        return sum(stored_bytes(getattr(tensor, name)) for name in names)
+        parts = (getattr(tensor, name) for name in flatten()[0])
+        return sum(stored_bytes(part) for part in parts if isinstance(part, Tensor))
     return tensor.numel() * tensor.element_size()
 
 

@@ -26,33 +26,38 @@ from ram_core.models.paged import PagedModel
 
 COLLECTIVE_S = 60.0
 """A rank that keeps the others waiting for so long inside a forward is taken for dead."""
-# Between forwards nobody is late: that a rank died is seen by its closed connection.
+# Reading weights may take very different times.
+_LOADING = timedelta(hours=2)
+# Between forwards rank 0 is never late: that it died is seen by its closed connection.
 _FOR_EVER = timedelta(days=365)
 _ENVIRONMENT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """The processes that share a model, seen from number `rank`. Without `orders` there is only this one."""
+    """The processes that share a model, seen from number `rank`; there may be only this one.
+
+    They meet in two groups: `loading` while they load, `orders` for what rank 0 tells the others.
+    """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    loading: dist.ProcessGroup | None = None
     orders: dist.ProcessGroup | None = None
 
     def least(self, number: int | None) -> int | None:
         """The smallest of the numbers that all ranks give; all wait for the last of them."""
-        if self.orders is None or number is None:
-            self.wait()
+        if self.size == 1 or number is None:
             return number
         shared = torch.tensor(number)
-        dist.all_reduce(shared, dist.ReduceOp.MIN, group=self.orders)
+        dist.all_reduce(shared, dist.ReduceOp.MIN, group=self.loading)
         return int(shared)
 
     def wait(self) -> None:
         """Return once all ranks have come here, however long that takes."""
-        if self.orders is not None:
-            dist.barrier(group=self.orders)
+        if self.size > 1:
+            dist.barrier(group=self.loading)
 
 
 def join(num_ranks: int, device: torch.device) -> Ranks:
@@ -73,11 +78,17 @@ def join(num_ranks: int, device: torch.device) -> Ranks:
     if not dist.is_initialized():
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "nccl",
-            timeout=timedelta(seconds=COLLECTIVE_S),
+            timeout=_collective(),
             device_id=None if device.type == "cpu" else device,
         )
-    orders = dist.new_group(backend="gloo", timeout=_FOR_EVER)
-    return Ranks(device, dist.get_rank(), num_ranks, orders)
+    loading = dist.new_group(backend="gloo", timeout=_LOADING)
+    orders = dist.new_group(backend="gloo", timeout=_FOR_EVER if dist.get_rank() else _collective())
+    return Ranks(device, dist.get_rank(), num_ranks, loading, orders)
+
+
+def is_first_rank() -> bool:
+    """Whether this process has the word: the only one, or the first that torchrun began."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def check_shares(num_ranks: int, config: PreTrainedConfig) -> None:
@@ -144,6 +155,10 @@ class SharedModel(PagedModel):
         """
         while (batch := _hear(self._ranks)) is not None:
             super().forward(batch, pool)
+
+
+def _collective() -> timedelta:
+    return timedelta(seconds=COLLECTIVE_S)
 
 
 def _own_device(num_ranks: int, device: torch.device) -> torch.device:
