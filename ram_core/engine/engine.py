@@ -93,12 +93,12 @@ class Engine:
     def capture(
         self, progress: Progress = lambda _: None, recorder: Recorder | None = None
     ) -> tuple[str, str]:
-        """Record common steps, before any request is served; returns how many, and of what kind."""
+        """Record common steps, before any request is served; returns how many, and why not more."""
         device = self.bank.proposal.device
         if recorder is None:
             recorder = CudaRecorder(device) if device.type == "cuda" else EagerRecorder()
-        num_steps = self._runner.capture(recorder, progress)
-        return str(num_steps), "of one proposal token a row, alone or with one aligner; others run eagerly"
+        graphs = self._runner.capture(recorder, progress)
+        return str(len(graphs)), graphs.trouble or "that only draw, by layout; all others run as they come"
 
     @property
     def has_work(self) -> bool:

@@ -170,7 +170,9 @@ class CudaRecorder:
 
 
 class StepGraphs:
-    """Recordings by layout."""
+    """Recordings by layout. `trouble` says why there are fewer than were wanted, if so."""
+
+    trouble = ""
 
     def __init__(self, recorder: Recorder, step: Step) -> None:
         self._recorder = recorder
@@ -181,14 +183,16 @@ class StepGraphs:
         return len(self._recordings)
 
     def record(self, steps: Sequence[PackedStep], progress: Callable[[str], None]) -> None:
-        """Record steps that do no harm; once there is no memory for one, those after it are left out."""
+        """Record steps that do no harm; if one cannot be recorded, those after it are left out too."""
         began = time.perf_counter()
         for index, packed in enumerate(steps, start=1):
             progress(f"capturing {index}/{len(steps)}")
             try:
                 self._record(packed)
-            except torch.OutOfMemoryError as error:
-                logger.warning("No memory for more than %d captured steps: %s", len(self), error)
+            except RuntimeError as error:
+                # Out of memory, or a model looks at the device's numbers, which no graph can do.
+                self.trouble = str(error).partition("\n")[0]
+                logger.warning("No more than %d steps were captured: %s", len(self), self.trouble)
                 break
         logger.info("captured %d steps in %.1f s", len(self), time.perf_counter() - began)
 

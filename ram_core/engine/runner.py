@@ -74,11 +74,13 @@ class Runner:
         self._graphs: StepGraphs | None = None
 
     @torch.inference_mode()
-    def capture(self, recorder: Recorder, progress: Callable[[str], None]) -> int:
-        """Record the steps that will be common; return how many. The runner must have shapes."""
+    def capture(self, recorder: Recorder, progress: Callable[[str], None]) -> StepGraphs:
+        """Record the steps that will be common; the runner must have shapes, and loses them if it cannot."""
         self._graphs = StepGraphs(recorder, self._compute)
         self._graphs.record(common_steps(self._packer, step_kinds(self._bank)), progress)
-        return len(self._graphs)
+        if not len(self._graphs):
+            self._packer = replace(self._packer, shapes=None)
+        return self._graphs
 
     def start(self, sequence: Sequence) -> None:
         """Write the parameters of a sequence that has just been given its slot."""
@@ -95,7 +97,7 @@ class Runner:
         """Begin to compute rows of a plan; nothing here waits for the device."""
         packed = self._packer.pack(rows)
         layout, numbers = packed.layout, ready_to_send(packed.numbers, self._device)
-        table = self._graphs.replay(layout, numbers) if self._graphs else None
+        table = self._graphs.replay(layout, numbers) if self._graphs is not None else None
         if table is None:
             table = self._compute(layout, numbers.to(self._device, non_blocking=True))
         if not packed.num_real:

@@ -158,14 +158,14 @@ def test_one_recording_serves_any_mix_of_aligners_that_share_a_module(
     config: EngineConfig, seen: dict[StepLayout, bool]
 ) -> None:
     banked = Engine.load(replace(config, aligner_bank=True))
-    asked = requests(ALIGNED, TERSE, IDENTITY)
+    asked = requests(ALIGNED, TERSE)
     padded = serve(anew(banked, cuda_graphs=True), asked)
     seen.clear()
     engine = anew(banked, cuda_graphs=True)
     engine.capture()
     assert serve(engine, asked) == padded
     assert all(seen.values())
-    assert {len(layout.uses) for layout in seen} == {1, 2}
+    assert {len(layout.uses) for layout in seen} == {2}
 
 
 @pytest.mark.usefixtures("in_tensors")
@@ -175,14 +175,14 @@ def test_one_recording_serves_any_mix_of_aligners_that_share_a_module(
 def test_traced_steps_draw_what_steps_draw_as_they_come(
     loaded: Engine, seen: dict[StepLayout, bool], sampling: SamplingParams, is_overlapping: bool
 ) -> None:
-    asked = requests(ALIGNED, ALIGNED, IDENTITY, sampling=sampling, num=6)
-    padded = serve(anew(loaded, cuda_graphs=True, is_overlapping=is_overlapping), asked, cancelled="4")
+    asked = requests(IDENTITY, ALIGNED, sampling=sampling, num=4)
+    padded = serve(anew(loaded, cuda_graphs=True, is_overlapping=is_overlapping), asked, cancelled="2")
     seen.clear()
     engine = anew(loaded, cuda_graphs=True, is_overlapping=is_overlapping)
     engine.capture(recorder=TracingRecorder())
-    assert serve(engine, asked, cancelled="4") == padded
+    assert serve(engine, asked, cancelled="2") == padded
     assert all(seen.values())
-    assert {layout.num_drawing for layout in seen} == {1, 2, 4}
+    assert {layout.num_drawing for layout in seen} >= {1, 2}
     assert {layout.features.has_top_p for layout in seen} == {sampling is CUT}
 
 
@@ -285,10 +285,21 @@ def test_without_memory_for_more_recordings_the_rest_of_the_steps_run_as_they_co
     told: list[str] = []
     with caplog.at_level(logging.WARNING):
         assert engine.capture(told.append, Exhausted(2))[0] == "2"
-    assert "No memory for more than 2" in caplog.text
+    assert "No more than 2 steps were captured: CUDA out of memory." in caplog.text
     assert [words.partition("/")[0] for words in told] == ["capturing 1", "capturing 2", "capturing 3"]
     assert tokens(serve(engine, asked)) == plain
     assert set(seen.values()) == {False, True}
+
+
+def test_a_device_that_can_record_nothing_serves_as_it_would_without_recordings(
+    loaded: Engine, seen: dict[StepLayout, bool]
+) -> None:
+    asked = requests(ALIGNED, IDENTITY)
+    plain = serve(anew(loaded), asked)
+    engine = anew(loaded, cuda_graphs=True)
+    assert engine.capture(recorder=Exhausted(0)) == ("0", "CUDA out of memory.")
+    assert serve(engine, asked) == plain
+    assert not seen
 
 
 def test_an_engine_tells_how_many_steps_it_captured_before_it_serves(config: EngineConfig) -> None:
