@@ -219,7 +219,7 @@ def _read_config(source: str, directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         if (directory / "adapter_config.json").is_file():
-            raise CheckpointError(f"`{source}` is a LoRA adapter; merge it into its base model first")
+            raise CheckpointError(f"`{source}` is a LoRA adapter, which only an aligner can be")
         raise CheckpointError(f"`{source}` has no config.json")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -54,11 +54,11 @@ class LoraStack(ModelStack):
         strange = sorted(layers.keys() - self._twins.keys())
         if strange:
             raise CheckpointError(f"LoRA changes `{strange[0]}`, for which the bank has no room")
-        name = max(layers, key=lambda name: layers[name].rank)
-        if layers[name].rank > self._max_rank:
-            raise CheckpointError(
-                f"LoRA of rank {layers[name].rank} on `{name}`; the bank has room for rank {self._max_rank}"
-            )
+        for name, layer in layers.items():
+            if layer.rank > self._max_rank:
+                raise CheckpointError(
+                    f"LoRA of rank {layer.rank} on `{name}`; the bank has room for rank {self._max_rank}"
+                )
         self._copy(slot, {name: {"a": layer.a, "b": layer.b} for name, layer in layers.items()})
 
 
@@ -114,7 +114,7 @@ class StackedLora(nn.Module):
         self.base = base
         self._is_head = is_head
         rank = -(-max_rank // _RANK_STEP) * _RANK_STEP
-        device = next(base.parameters()).device
+        device = base.weight.device
 
         def zeros(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
