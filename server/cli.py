@@ -67,6 +67,8 @@ def serve(
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, …")] = None,
+    quantization: Annotated[str | None, typer.Option(help="Weights as none, int8, int4, fp8.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="GPUs that share the proposal.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Room for keys and values, such as 2GiB.")] = None,
     max_batch: Annotated[int | None, typer.Option(help="Sequences that run at once.")] = None,
@@ -75,6 +77,9 @@ def serve(
     max_queue: Annotated[int | None, typer.Option(help="Sequences that may wait.")] = None,
     prefix_cache: Annotated[
         bool | None, typer.Option("--prefix-cache/--no-prefix-cache", help="Keep known prefixes of prompts.")
+    ] = None,
+    cuda_graphs: Annotated[
+        bool | None, typer.Option("--cuda-graphs/--no-cuda-graphs", help="Capture steps on CUDA.")
     ] = None,
     engine: Annotated[str | None, typer.Option(help="process, or thread: in the server's own.")] = None,
     max_body_bytes: Annotated[str | None, typer.Option(help="Largest request, such as 4MiB.")] = None,
@@ -100,6 +105,8 @@ def serve(
             port=port,
             device=device,
             dtype=dtype,
+            quantization=quantization,
+            tensor_parallel=tensor_parallel,
             max_model_len=max_model_len,
             kv_memory=kv_memory,
             max_batch=max_batch,
@@ -107,6 +114,7 @@ def serve(
             max_chunk_tokens=max_chunk_tokens,
             max_queue=max_queue,
             prefix_cache=prefix_cache,
+            cuda_graphs=cuda_graphs,
             engine=engine,
             max_body_bytes=max_body_bytes,
             drain_s=drain_s,

@@ -105,6 +105,11 @@ class Settings(BaseSettings):
     prefix_cache: bool | None = None
     is_overlapping: bool | None = None
     has_static_shapes: bool | None = None
+    cuda_graphs: bool | None = None
+    aligner_bank: bool | None = None
+    aligner_slots: int | None = Field(default=None, ge=0)
+    quantization: str | None = None
+    tensor_parallel: int | None = Field(default=None, ge=1)
     trust_remote_code: bool | None = None
 
     @classmethod
@@ -123,6 +128,8 @@ class Settings(BaseSettings):
     def _check_names(self) -> Settings:
         if self.demo and self.proposal:
             raise ValueError("`demo` serves the embedded proposal: give either it or a proposal")
+        if self.engine == "thread" and (self.tensor_parallel or 1) > 1:
+            raise ValueError("`tensor_parallel` needs the engine in processes of its own: `engine` process")
         if IDENTITY in self.aligners:
             raise ValueError(f"`{IDENTITY}` names the absence of an aligner; choose another name")
         return self
@@ -157,6 +164,11 @@ class Settings(BaseSettings):
             "prefix_cache": self.prefix_cache,
             "is_overlapping": self.is_overlapping,
             "has_static_shapes": self.has_static_shapes,
+            "cuda_graphs": self.cuda_graphs,
+            "aligner_bank": self.aligner_bank,
+            "aligner_slots": self.aligner_slots,
+            "quantization": self.quantization,
+            "tensor_parallel": self.tensor_parallel,
             "trust_remote_code": self.trust_remote_code,
         }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-import signal
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING
 
 import zmq
 
 from ram_core.engine.client import HEARTBEAT_S
+from ram_core.engine.followers import begin_followers
+from ram_core.engine.parent import LOG_FORMAT, die_with
 from ram_core.engine.wire import (
     Load,
     Loading,
@@ -30,8 +30,6 @@ from ram_core.errors import RamError
 if TYPE_CHECKING:
     from ram_core.engine.engine import Engine
 
-LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
-_SET_PARENT_DEATH_SIGNAL = 1
 _LAST_WORDS_MS = 1000
 
 logger = logging.getLogger("ram_core.engine.worker")
@@ -69,39 +67,35 @@ class Line:
 
 def main(orders_at: str, news_at: str, parent_pid: str) -> None:
     """Load what the parent orders, then step until it says to stop; exit code 1 if that fails."""
-    _die_with(int(parent_pid))
+    die_with(int(parent_pid))
     line = Line(orders_at, news_at)
     load = line.wait()
     assert isinstance(load, Load), "the first order is what to load"
     logging.basicConfig(level=load.log_level, format=LOG_FORMAT)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    try:
-        engine = _load(load, line)
-    except RamError as error:
-        line.tell(Refused(error))
-        sys.exit(1)
-    line.tell(Ready(engine.limits))
-    try:
-        run(engine, line)
-    except Exception:
-        logger.exception("the engine's step loop died")
-        sys.exit(1)
+    begin_followers(load)
+    with ExitStack() as exits:
+        try:
+            engine = exits.enter_context(_load(load, line))
+        except RamError as error:
+            line.tell(Refused(error))
+            sys.exit(1)
+        assert engine is not None, "this is the first rank"
+        line.tell(Ready(engine.limits))
+        try:
+            run(engine, line)
+        except Exception:
+            logger.exception("the engine's step loop died")
+            sys.exit(1)
 
 
-def _die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process, even a stopped one, whenever and however its parent ends."""
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        sys.exit("ram: the server ended before its engine began")
-
-
-def _load(load: Load, line: Line) -> Engine:
+def _load(load: Load, line: Line) -> AbstractContextManager[Engine | None]:
     from transformers.utils import logging as transformers_logging
 
-    from ram_core.engine.engine import Engine
+    from ram_core.engine.ranks import engine_of_ranks
 
     transformers_logging.disable_progress_bar()
-    return Engine.load(load.config, lambda words: line.tell(Loading(words)))
+    return engine_of_ranks(load.config, lambda words: line.tell(Loading(words)))
 
 
 def run(engine: Engine, line: Line) -> None:

@@ -19,7 +19,7 @@ import uvicorn
 from rich.console import Console
 
 from ram_core.engine.config import EngineConfig
-from ram_core.engine.worker import LOG_FORMAT
+from ram_core.engine.parent import LOG_FORMAT
 from server.app import create_app
 from server.serving import Loaded, Serving
 from server.settings import EngineMode, Settings, SettingsError

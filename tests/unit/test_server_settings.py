@@ -75,6 +75,8 @@ def test_aligners_are_read_from_flags_and_from_the_environment(monkeypatch):
         ({"demo": True, "proposal": "/x"}, "`demo`"),
         ({"log_level": "loud"}, "`log_level`"),
         ({"max_batch": 0}, "`max_batch`"),
+        ({"tensor_parallel": 0}, "`tensor_parallel`"),
+        ({"tensor_parallel": 2, "engine": "thread"}, "`tensor_parallel` needs the engine in processes"),
         ({"config": Path("nowhere.toml")}, "does not exist"),
     ],
 )
@@ -114,6 +116,11 @@ def test_every_engine_knob_can_be_set(tmp_path):
         "prefix_cache": False,
         "is_overlapping": True,
         "has_static_shapes": True,
+        "cuda_graphs": False,
+        "aligner_bank": False,
+        "aligner_slots": 9,
+        "quantization": "int8",
+        "tensor_parallel": 2,
         "trust_remote_code": True,
     }
     config = load_settings(proposal=str(tmp_path), **values).engine_config()
