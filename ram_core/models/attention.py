@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from ram_core.models.compiled_attention import attend_decode, can_attend
 from ram_core.models.kv import KvPool, LayerShape
 from ram_core.models.packing import PackedBatch
 
@@ -39,6 +40,11 @@ class AttentionOptions:
     window: int | None = None
     softcap: float | None = None
     sinks: Float[Tensor, " head"] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a softmax of scaled products and no more."""
+        return self.softcap is None and self.sinks is None
 
 
 class AttentionBackend(Protocol):
@@ -118,7 +124,7 @@ def _dot_product_attention(
     shape that broadcasts against the scores.
     """
     scale = options.scaling
-    if options.softcap is None and sinks is None:
+    if options.is_plain:
         return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
     scores = query.float() @ keys.float().transpose(-1, -2)
     scores *= query.shape[-1] ** -0.5 if scale is None else scale
@@ -141,7 +147,10 @@ class _DecodeView:
 
 @dataclass(slots=True)
 class PagedAttention:
-    """Gathers each row's pages and runs `scaled_dot_product_attention` over them."""
+    """Gathers each row's pages and runs `scaled_dot_product_attention` over them.
+
+    Rows of one token take compiled code instead where that knows all that is asked for.
+    """
 
     batch: PackedBatch
     pool: KvPool
@@ -151,16 +160,27 @@ class PagedAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        self.pool.write(layer, self.batch.slots, key.transpose(0, 1), value.transpose(0, 1))
-        outs = []
-        if self.batch.num_decode:
-            outs.append(self._decode(layer, query[:, : self.batch.num_decode], options))
         start = self.batch.num_decode
-        for row in range(self.batch.num_decode, len(self.batch.query_lens)):
+        outs = []
+        if start and options.is_plain and can_attend(query):
+            new = (each[:, :start] for each in (query, key, value))
+            outs.append(attend_decode(self.batch, self.pool, layer, *new, options.scaling, options.window))
+            self._write(layer, key, value, start)
+        else:
+            self._write(layer, key, value)
+            if start:
+                outs.append(self._decode(layer, query[:, :start], options))
+        for row in range(start, len(self.batch.query_lens)):
             end = start + self.batch.query_lens[row]
             outs.append(self._prefill(layer, row, query[:, start:end], options))
             start = end
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _write(self, layer: int, key: Tensor, value: Tensor, first: int = 0) -> None:
+        """Remember the batch's tokens from the `first` on."""
+        slots = self.batch.slots[first:]
+        if len(slots):
+            self.pool.write(layer, slots, key[:, first:].transpose(0, 1), value[:, first:].transpose(0, 1))
 
     @staticmethod
     def _gather(memory: Tensor, pages: Tensor, num_rows: int) -> Tensor:

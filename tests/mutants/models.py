@@ -7,6 +7,7 @@ from tests.mutants import mutants
 _PACKING = "tests/unit/test_packing.py"
 _CONFORMANCE = "tests/exactness/test_conformance.py"
 _ENGINE = "tests/exactness/test_engine.py"
+_COMPILED = "tests/exactness/test_compiled_attention.py"
 _LLAMA = f"{_ENGINE}::test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens[llama]"
 _GEMMA = f"{_ENGINE}::test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens[gemma3]"
 _MISTRAL = f"{_ENGINE}::test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens[mistral]"
@@ -31,31 +32,51 @@ MODEL_MUTANTS = [
         "ram_core/models/attention.py",
         _LLAMA,
         ("is_seen = key_at <= query_at", "is_seen = key_at < query_at + 2"),
-        ("is_seen = position < context", "is_seen = position <= context"),
-        ("query.transpose(0, 1).reshape(num_rows, keys.shape[1], -1, dim)",
-         "query.transpose(0, 1).reshape(num_rows, -1, keys.shape[1], dim).transpose(1, 2)"),
         ("query.reshape(keys.shape[0], -1, *query.shape[1:]).transpose(0, 1)",
          "query.reshape(-1, keys.shape[0], *query.shape[1:])"),
         ("out.permute(2, 1, 0, 3)", "out.permute(2, 0, 1, 3)"),
-        ("query[:, start:end], scaling", "query[:, -(end - start) :], scaling"),
-        ("self.pool.write(layer, self.batch.slots, key", "self.pool.write(layer, self.batch.positions, key"),
+        ("query[:, start:end], options", "query[:, -(end - start) :], options"),
     ),
     *mutants(
         "ram_core/models/attention.py",
         _MISTRAL,
         ("key_at > query_at - window", "key_at >= query_at - window"),
         ("key_at > query_at - window", "key_at > query_at - window + 1"),
+        ("mask = self._prefill_mask(row, options.window)", "mask = self._prefill_mask(row, None)"),
+    ),
+    *mutants(
+        "ram_core/models/attention.py",
+        _COMPILED,
+        ("is_seen = position < context", "is_seen = position <= context"),
+        ("query.transpose(0, 1).reshape(num_rows, keys.shape[1], -1, dim)",
+         "query.transpose(0, 1).reshape(num_rows, -1, keys.shape[1], dim).transpose(1, 2)"),
         ("position >= context - window", "position > context - window"),
         ("position >= context - window", "position >= context - window - 1"),
         ("first = (context - window).clamp(min=0) // size", "first = first + 0"),
         ("-(-window // size) + 1)", "-(-window // size))"),
-        ("mask = self._prefill_mask(row, window)", "mask = self._prefill_mask(row, None)"),
+        ("attn_mask=mask, scale=scale)", "attn_mask=mask)"),
+        ("slots = self.batch.slots[first:]", "slots = self.batch.positions[first:]"),
+        ("            self._write(layer, key, value, start)\n", ""),
+    ),
+    *mutants(
+        "ram_core/models/compiled_attention.py",
+        _COMPILED,
+        ("first = max(context - window, 0)", "first = 0"),
+        ("first = max(context - window, 0)", "first = max(context - window - 1, 0)"),
+        ("dim**-0.5 if scaling is None else scaling", "dim**-0.5"),
+        ("longest = batch.page_table.shape[1] * batch.page_size", "longest = max(batch.host_context_lens)"),
+        ("new[i] if np.isfinite(new[i]) else np.float32(0)", "new[i]"),
+        ("layer.query[row, head * group + g], key", "layer.query[row, head + g], key"),
+        ("page_size, context - start)", "page_size, context - start + 1)"),
+        ("        scores[i] /= total", "        pass"),
+        ("    out[:] = 0\n", ""),
+        ("i += 4", "i += 3"),
+        ("range(first, len(layer.query) * num_heads, stride)", "range(0, len(layer.query) * num_heads, 1)"),
+        ("range(first, len(layer.query) * num_heads, stride)", "range(first, len(layer.query), stride)"),
     ),
     *mutants(
         "ram_core/models/attention.py",
         _GEMMA,
-        ("attn_mask=view.mask, scale=scaling)", "attn_mask=view.mask)"),
-        ("            attn_mask=mask,\n            scale=scaling,", "            attn_mask=mask,"),
         ("if window not in self._views:", "if not self._views:"),
         ("        return self._views[window]", "        return next(iter(self._views.values()))"),
         ("        return self._masks[row, window]",

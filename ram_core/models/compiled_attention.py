@@ -1,0 +1,196 @@
+"""Attention of the rows that are being written, in compiled code that reads keys and values where they lie.
+
+PyTorch's scaled dot product wants a row's keys one after the other, so pages would be copied for it first,
+padding included, in every layer of every step. Here a row's share of the heads is computed page by page: what
+is read is what the row has, once for all query heads that share it, by one thread from the first token to the
+last, so that a row's bits depend on nothing but itself. For float32 on CPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ram_core.models.kv import KvPool
+from ram_core.models.packing import PackedBatch
+from ram_core.resampling import kernel
+from ram_core.resampling.compiled import F32, I64, entry, inner
+from ram_core.resampling.kernel import exp, find_top
+from ram_core.resampling.threads import run_parts
+
+# Numbers that a thread has to read before another one is worth waking.
+_NUMBERS_A_THREAD = 1 << 15
+_plain, _sums = inner("contract"), inner("contract", "reassoc")
+
+
+class Layer(NamedTuple):
+    """One layer's tensors: queries, new keys and values, the pool's memory, and where the output goes."""
+
+    query: F32
+    key: F32
+    value: F32
+    keys: F32
+    values: F32
+    out: F32
+
+
+class Rows(NamedTuple):
+    """Where each row's tokens lie."""
+
+    pages: I64
+    contexts: I64
+    slots: I64
+
+
+def can_attend(query: Tensor) -> bool:
+    """Whether this is the code for it: for tensors that hold numbers, and nothing else besides."""
+    return type(query) is Tensor and query.dtype is torch.float32 and query.device.type == "cpu"
+
+
+def attend_decode(
+    batch: PackedBatch,
+    pool: KvPool,
+    layer: int,
+    query: Float[Tensor, "head row dim"],
+    key: Float[Tensor, "kv_head row dim"],
+    value: Float[Tensor, "kv_head row dim"],
+    scaling: float | None,
+    window: int | None,
+) -> Float[Tensor, "row head dim"]:
+    """Remember what is new of the batch's first rows, one token each, and attend to their contexts."""
+    num_heads, num_rows, dim = query.shape
+    out = torch.empty(num_rows, num_heads, value.shape[-1])
+    tensors = Layer(
+        *(each.transpose(0, 1).contiguous().numpy() for each in (query, key, value)),
+        pool.keys[layer].numpy(),
+        pool.values[layer].numpy(),
+        out.numpy(),
+    )
+    rows = Rows(*(each.numpy() for each in (batch.page_table, batch.context_lens, batch.slots)))
+    scale = np.float32(dim**-0.5 if scaling is None else scaling)
+    longest = batch.page_table.shape[1] * batch.page_size
+    worthwhile = num_rows * longest * key.shape[0] * dim // _NUMBERS_A_THREAD
+    num_parts = min(max(worthwhile, 1), torch.get_num_threads(), num_rows * key.shape[0])
+
+    def attend_share(first: int, stride: int) -> None:
+        scores = np.empty((num_heads // key.shape[0], longest), np.float32)
+        attend_rows(tensors, rows, scores, scale, window or longest, first, stride)
+
+    run_parts(attend_share, num_parts)
+    return out
+
+
+@_sums
+def _dot(a: F32, b: F32) -> np.float32:
+    total = np.float32(0)
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@_plain
+def _remember(new: F32, memory: F32) -> None:
+    """As `KvPool.write` does: memory stays finite."""
+    for i in range(len(new)):
+        memory[i] = new[i] if np.isfinite(new[i]) else np.float32(0)
+
+
+@_sums
+def _softmax(scores: F32) -> None:
+    top, _ = find_top(scores)
+    total = np.float32(0)
+    for i in range(len(scores)):
+        scores[i] = exp(scores[i] - top)
+        total += scores[i]
+    for i in range(len(scores)):
+        scores[i] /= total
+
+
+@_plain
+def _score(layer: Layer, rows: Rows, scores: F32, scale: np.float32, first: int, row: int, head: int) -> None:
+    """The scaled products of a row's queries with its keys from token `first` on."""
+    page_size, group, context = layer.keys.shape[1], len(scores), rows.contexts[row]
+    for start in range(first // page_size * page_size, context, page_size):
+        page = rows.pages[row, start // page_size]
+        for i in range(max(first, start), min(start + page_size, context)):
+            key = layer.keys[page, i - start, head]
+            for g in range(group):
+                scores[g, i - first] = _dot(layer.query[row, head * group + g], key) * scale
+
+
+@_plain
+def _add_one(out: F32, share: np.float32, value: F32) -> None:
+    for d in range(len(out)):
+        out[d] += share * value[d]
+
+
+@_plain
+def _add_four(out: F32, shares: F32, a: F32, b: F32, c: F32, d: F32) -> None:
+    """Of four tokens at once, as the sums are read and written each time."""
+    s, t, u, v = shares[0], shares[1], shares[2], shares[3]
+    for i in range(len(out)):
+        out[i] += s * a[i] + t * b[i] + u * c[i] + v * d[i]
+
+
+@_plain
+def _add_up(layer: Layer, rows: Rows, shares: F32, first: int, row: int, head: int, out: F32) -> None:
+    """The sum of a row's values from token `first` on, each times its share."""
+    page_size, context = layer.values.shape[1], rows.contexts[row]
+    out[:] = 0
+    for start in range(first // page_size * page_size, context, page_size):
+        values, page = layer.values, rows.pages[row, start // page_size]
+        i, end = max(first - start, 0), min(page_size, context - start)
+        while i + 4 <= end:
+            at = start + i - first
+            s, t, u, v = shares[at], shares[at + 1], shares[at + 2], shares[at + 3]
+            w, x = values[page, i, head], values[page, i + 1, head]
+            y, z = values[page, i + 2, head], values[page, i + 3, head]
+            for d in range(len(out)):
+                out[d] += s * w[d] + t * x[d] + u * y[d] + v * z[d]
+            i += 4
+        while i < end:
+            _add_one(out, shares[start + i - first], values[page, i, head])
+            i += 1
+
+
+@_plain
+def _attend(
+    layer: Layer, rows: Rows, scores: F32, scale: np.float32, window: int, row: int, head: int
+) -> None:
+    """One row's query heads that share the key-value head `head`."""
+    group, context = len(scores), rows.contexts[row]
+    first = max(context - window, 0)
+    _score(layer, rows, scores, scale, first, row, head)
+    for g in range(group):
+        shares = scores[g, : context - first]
+        _softmax(shares)
+        _add_up(layer, rows, shares, first, row, head, layer.out[row, head * group + g])
+
+
+def _compile(made_of: int) -> Any:
+    """numba's cache on disk looks at one file; what else the code is made of becomes part of its key."""
+
+    @entry
+    def attend_rows(
+        layer: Layer, rows: Rows, scores: F32, scale: np.float32, window: int, first: int, stride: int
+    ) -> None:
+        """Every `stride`th pair of a row and a key-value head, from the `first` on."""
+        assert made_of >= 0
+        num_heads, page_size = layer.keys.shape[2], layer.keys.shape[1]
+        for pair in range(first, len(layer.query) * num_heads, stride):
+            row, head = pair // num_heads, pair % num_heads
+            page, offset = rows.slots[row] // page_size, rows.slots[row] % page_size
+            _remember(layer.key[row, head], layer.keys[page, offset, head])
+            _remember(layer.value[row, head], layer.values[page, offset, head])
+            _attend(layer, rows, scores, scale, window, row, head)
+
+    return attend_rows
+
+
+attend_rows = _compile(crc32(Path(kernel.__file__).read_bytes()))
