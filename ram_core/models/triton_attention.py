@@ -111,11 +111,13 @@ class TritonAttention:
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, options: AttentionOptions
     ) -> Tensor:
-        self._write(layer, _dense(key), _dense(value))
         query = _dense(query)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
-        for rows in split_rows(self.batch.query_lens, self.batch.num_decode):
-            self._attend_rows(rows, layer, query, options, out)
+        # Triton launches on the current device, whatever device the tensors are on.
+        with torch.cuda.device_of(query):
+            self._write(layer, _dense(key), _dense(value))
+            for rows in split_rows(self.batch.query_lens, self.batch.num_decode):
+                self._attend_rows(rows, layer, query, options, out)
         return out
 
     def _write(

@@ -6,7 +6,12 @@ compiled.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,8 +35,8 @@ pytestmark = pytest.mark.skipif(
 
 CPU = torch.device("cpu")
 NUM_PAGES = 96
-TOLERANCES = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-"""Of outputs of about 1: rounding of what is summed, and for 16 bits of weights and outputs."""
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative and, of outputs of about 1, absolute: for 16 bits, the rounding of weights and of outputs."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ DECODE = ((0, 1), (15, 1), (16, 1), (70, 1))
 VERIFY = ((30, 5), (0, 5))
 MIXED_VERIFY = ((33, 1), (12, 1), (62, 3), (14, 5))
 PREFILL = ((20, 1), (0, 19), (64, 9))
-EVEN_PREFILL = ((3, 20), (50, 20))
+EVEN_PREFILL = ((3, 10), (30, 10))
 KINDS = {"decode": DECODE, "verify": VERIFY, "mixed_verify": MIXED_VERIFY, "prefill": PREFILL}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -80,8 +85,7 @@ CASES += [Case(MIXED_VERIFY, torch.float32, *shape, num_splits=2) for shape in S
 # So many heads share a key that a row takes several tiles.
 CASES += [
     Case(rows, num_heads=16, num_kv_heads=1, window=12, num_splits=num_splits)
-    for rows in (PREFILL, EVEN_PREFILL)
-    for num_splits in (1, 3)
+    for rows, num_splits in [(PREFILL, 1), (EVEN_PREFILL, 3)]
 ]
 CASES += [Case(BORDERS, num_kv_heads=1, num_splits=num_splits) for num_splits in (1, 2, 8)]
 CASES += [Case(BORDERS, num_kv_heads=1, window=window) for window in (1, 16, 64, 65, 500)]
@@ -163,7 +167,8 @@ def check(case: Case, device: torch.device, tolerances: dict[torch.dtype, float]
     out, wanted = tried.attend(case.num_splits).cpu(), reference.attend_plainly()
     assert out.dtype == case.dtype
     assert out.shape == wanted.shape
-    torch.testing.assert_close(out[:num_real].float(), wanted[:num_real], rtol=0, atol=tolerances[case.dtype])
+    bound = tolerances[case.dtype]
+    torch.testing.assert_close(out[:num_real].float(), wanted[:num_real], rtol=bound, atol=bound)
     for kept in ("keys", "values"):
         memory, wanted_memory = getattr(tried.pool, kept)[0], getattr(reference.pool, kept)[0]
         assert torch.equal(memory[TRASH_PAGE + 1 :].cpu().float(), wanted_memory[TRASH_PAGE + 1 :])
@@ -293,6 +298,22 @@ def test_blocks_are_powers_of_two_that_fit_into_shared_memory() -> None:
                     assert blocks.tile_tokens * group <= blocks.query
                     num_bytes = itemsize * blocks.tokens * (blocks.key + blocks.value)
                     assert num_bytes <= 32 * 1024 or blocks.tokens == 16
+
+
+def test_kernels_compile_for_cuda_and_fit_into_its_smaller_shared_memories(tmp_path: Path) -> None:
+    """With the shapes of real models; 99 KiB are what a GeForce has."""
+    hidden = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.kernel_compiler"],
+        env=hidden | {"TRITON_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    compiled = json.loads(ran.stdout)
+    assert {each["kernel"] for each in compiled} == {"write_kv", "attend_tile", "join_splits"}
+    for each in compiled:
+        assert each["shared_bytes"] <= 99 * 1024
+        assert each["has_matrix_units"] == each["has_async_copies"] == (each["kernel"] == "attend_tile")
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
