@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
@@ -70,7 +71,7 @@ class ModelBank:
         """The model that serves each aligner, perhaps others too."""
         return {name: group.model for name, group in self.group_of.items()}
 
-    @property
+    @cached_property
     def groups(self) -> tuple[AlignerGroup, ...]:
         """All groups, each once."""
         return tuple(dict.fromkeys(self.group_of.values()))

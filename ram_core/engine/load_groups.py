@@ -104,11 +104,12 @@ def _load_stacked(names: Sequence[str], load: Load, num_slots: int) -> StackedMo
         logger.warning("%s take a forward each: %s", ", ".join(names), error)
         return None
     stack.stage(0, weights)
+    del weights
+    stack.settle(0)
     for slot, name in enumerate(names[1:], start=1):
         model = load(name)
         alone.append(probe_alone(model))
         stack.stage(slot, plain_weights(model.model))
-    for slot in range(len(names)):
         stack.settle(slot)
     if reason := _difference(stack, torch.stack(alone)):
         logger.warning("%s take a forward each: %s", ", ".join(names), reason)
@@ -145,7 +146,10 @@ def _difference(stack: StackedModel, alone: Float[Tensor, "slot logit vocab"]) -
         return f"their code does not run on stacked weights ({error})"
     scale = alone.std().clamp(min=1e-6)
     worst = ((together - alone).abs().amax() / scale).item()
-    limit = 1e-5 if stack.paged.model.dtype == torch.float32 else 0.25
+    limit = 0.25
+    if stack.paged.model.dtype == torch.float32:
+        # On CPU the same products are made; a device's kernel adds up in another order than its library.
+        limit = 1e-5 if stack.paged.device.type == "cpu" else 1e-3
     return None if worst <= limit else f"logits differ by {worst:.2g} standard deviations in one module"
 
 

@@ -69,7 +69,8 @@ def grouped_linear_triton(
     *,
     add_to: Tensor | None = None,
 ) -> Tensor:
-    """See `grouped_linear`; sums in float32. `weight` is contiguous, and rows of `x` and `add_to` are."""
+    """See `grouped_linear`; sums in float32. `weight` must be contiguous, and so must the rows of `add_to`."""
+    x = x.contiguous()
     num_rows, (num_slots, num_columns, depth) = len(x), weight.shape
     out = torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device) if add_to is None else add_to
     block_m, block_n, block_k, num_splits = _tiles(num_rows, num_columns, depth, x.element_size())
