@@ -14,6 +14,7 @@ from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import Row, pack
 from ram_core.models.paged import PagedModel
+from ram_core.models.quantization import may_round_activations
 
 _PAGE_SIZE = 4
 _LENGTH = 24
@@ -33,7 +34,8 @@ def check_conformance(paged: PagedModel, vocab_size: int) -> None:
     scale = plain.std().clamp(min=1e-6)
     of_places = ((ours - plain).square().mean(-1).sqrt() / scale).flatten()
     if paged.model.dtype == torch.float32:
-        difference, limit = of_places.max().item(), 3e-4
+        difference = of_places.max().item()
+        limit = 0.03 if may_round_activations(paged.model) else 3e-4
     else:
         # Rounding to 16 bits sends a token to other experts now and then, and is far off there: a quarter of
         # the places is left out. What reads pages wrongly is wrong at most of them.

@@ -64,6 +64,12 @@ def is_quantized(config: PreTrainedConfig) -> bool:
     return getattr(config, "quantization_config", None) is not None
 
 
+def may_round_activations(model: PreTrainedModel) -> bool:
+    """Whether a model was quantised by others, who may have wanted more than its weights rounded."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer is not None and bool(quantizer.pre_quantized)
+
+
 def quantization_options(name: str, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` has to be told to quantise while loading."""
     if name == PLAIN:
