@@ -49,6 +49,11 @@ class Options(argparse.ArgumentParser):
         if quick is not None:
             self._quick[action.dest] = quick
 
+    def otherwise(self, quick: dict[str, Any], **usual: Any) -> None:
+        """Other defaults for what all commands share."""
+        self.set_defaults(**usual)
+        self._quick |= quick
+
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse, with the smaller defaults if they are wanted."""
         if self.parse_args(arguments).quick:

@@ -25,6 +25,8 @@ class Job:
     kv_bytes: int
     prefix_cache: bool = True
     is_overlapping: bool | None = None
+    aligner_slots: int = 0
+    cuda_graphs: bool | None = None
 
     def config(self) -> EngineConfig:
         """What users get by default, but for the room."""
@@ -37,6 +39,8 @@ class Job:
             kv_memory_bytes=self.kv_bytes,
             prefix_cache=self.prefix_cache,
             is_overlapping=self.is_overlapping,
+            aligner_slots=self.aligner_slots,
+            cuda_graphs=self.cuda_graphs,
         )
 
 

@@ -116,7 +116,7 @@ def _settle() -> None:
 
 
 def timed_job(pair: Pair, options: argparse.Namespace) -> Job:
-    """Room for the largest batch; steps one by one, as parts of overlapping ones cannot be told apart."""
+    """Room for the largest batch; parts of steps that overlap, or were captured, cannot be told apart."""
     max_batch = max(options.batches)
     return Job(
         pair.proposal,
@@ -126,6 +126,7 @@ def timed_job(pair: Pair, options: argparse.Namespace) -> Job:
         max_batch,
         pair.kv_bytes(max_batch, options.prompt + options.steps + 32, options.dtype),
         is_overlapping=False,
+        cuda_graphs=False,
     )
 
 
