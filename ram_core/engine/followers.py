@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 
-from ram_core.engine.parent import LOG_FORMAT, die_with
+from ram_core.engine.parent import begin_logging, die_with
 from ram_core.engine.wire import Load, decode_order, encode
 from ram_core.errors import RamError
 
@@ -55,7 +55,7 @@ def main(parent_pid: str) -> None:
     die_with(int(parent_pid))
     load = decode_order(sys.stdin.buffer.read())
     assert isinstance(load, Load), "a follower is told what to load, and nothing else"
-    logging.basicConfig(level=load.log_level, format=LOG_FORMAT)
+    begin_logging(load.log_level)
 
     from transformers.utils import logging as transformers_logging
 

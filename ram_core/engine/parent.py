@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 
-LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+_LOG_FORMAT = "%(levelname)s %(name)s: %(message)s"
+# The first logs every request; the others complain on import, of kernels not found and of their own code.
+_TALKATIVE = {"httpx": logging.WARNING, "torchao": logging.ERROR, "torch.utils._pytree": logging.ERROR}
 _SET_PARENT_DEATH_SIGNAL = 1
+
+
+def begin_logging(level: int | str) -> None:
+    """Log to stderr, the same in every process of a server."""
+    logging.basicConfig(level=level, format=_LOG_FORMAT)
+    for name, least in _TALKATIVE.items():
+        logging.getLogger(name).setLevel(least)
 
 
 def die_with(parent_pid: int) -> None:

@@ -141,10 +141,11 @@ def describe(config: EngineConfig, needs: Needs, kv: KvPlan, *, device: str, dty
         PlanRow("device", device, _origin(config.device)),
         PlanRow("dtype", dtype, _origin(config.dtype)),
     ]
-    rows += [
-        PlanRow(f"weights of {name}", size_text(num_bytes), _how_stored(config) if name == "proposal" else "")
-        for name, num_bytes in needs.weight_bytes.items()
-    ]
+    main_bytes = needs.weight_bytes["proposal"]
+    rows.append(PlanRow("weights of proposal", size_text(main_bytes), _how_stored(config)))
+    if config.aligners:
+        others = size_text(needs.total_weight_bytes - main_bytes)
+        rows.append(PlanRow("weights of aligners", others, f"{len(config.aligners)} in all"))
     rows += [
         PlanRow("KV memory", size_text(kv.num_bytes), f"{needs.kv_bytes_per_token} bytes a token"),
         PlanRow("KV pages", f"{kv.num_pages} of {kv.page_size} tokens", kv.pages_reason),

@@ -12,7 +12,7 @@ import zmq
 
 from ram_core.engine.client import HEARTBEAT_S
 from ram_core.engine.followers import begin_followers
-from ram_core.engine.parent import LOG_FORMAT, die_with
+from ram_core.engine.parent import begin_logging, die_with
 from ram_core.engine.wire import (
     Load,
     Loading,
@@ -71,8 +71,7 @@ def main(orders_at: str, news_at: str, parent_pid: str) -> None:
     line = Line(orders_at, news_at)
     load = line.wait()
     assert isinstance(load, Load), "the first order is what to load"
-    logging.basicConfig(level=load.log_level, format=LOG_FORMAT)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    begin_logging(load.log_level)
     begin_followers(load)
     with ExitStack() as exits:
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import signal
 import socket
@@ -19,7 +18,7 @@ import uvicorn
 from rich.console import Console
 
 from ram_core.engine.config import EngineConfig
-from ram_core.engine.parent import LOG_FORMAT
+from ram_core.engine.parent import begin_logging
 from server.app import create_app
 from server.serving import Loaded, Serving
 from server.settings import EngineMode, Settings, SettingsError
@@ -70,8 +69,7 @@ def run(settings: Settings) -> None:
         CheckpointError: a model cannot be served.
     """
     config = settings.engine_config()
-    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    begin_logging(settings.log_level.upper())
     with bind(settings.host, settings.port) as listener, _signals_end_serving():
         is_loaded = asyncio.run(_serve(settings, config, listener))
     if not is_loaded:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ram_core.engine.config import EngineConfig
+from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.plan import (
     KvPlan,
@@ -124,7 +124,8 @@ def test_on_cpu_the_budget_is_what_limits() -> None:
 
 
 def test_the_table_has_a_row_for_everything_and_the_log_a_line(caplog) -> None:
-    config = replace(CONFIG, device="cuda", quantization="int8", tensor_parallel=2)
+    aligners = (AlignerSource("polite", "…"),)
+    config = replace(CONFIG, aligners=aligners, device="cuda", quantization="int8", tensor_parallel=2)
     told = describe(config, NEEDS, plan(config), device="cuda:0", dtype="bfloat16")
     told = told.with_row("captured steps", "12", "of one token a row").with_row("left free", "2 GiB")
     lines: list[str] = []
@@ -136,7 +137,7 @@ def test_the_table_has_a_row_for_everything_and_the_log_a_line(caplog) -> None:
         "device cuda:0 asked",
         "dtype bfloat16 default (auto)",
         "weights of proposal 6 GiB asked: int8, asked: one of 2 shares",
-        "weights of polite 1 GiB",
+        "weights of aligners 1 GiB 1 in all",
         "KV memory 1.001 GiB 65536 bytes a token",
         "KV pages 1024 of 16 tokens enough for `max_batch` 4 full contexts",
         "tokens that fit 16384 4 full contexts",
