@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import AttentionBackend, ShapeProbe, attention_backend
 from ram_core.models.backends import choose_backend
+from ram_core.models.experts import choose_experts
 from ram_core.models.kv import KvGeometry, KvPool
 from ram_core.models.packed_linear import pack_linears
 from ram_core.models.packing import PackedBatch
@@ -33,6 +34,7 @@ class PagedModel:
         self.device = model.device
         self.weight_bytes = weight_bytes(model)
         pack_linears(model)
+        choose_experts(model)
         self.geometry = self._learn_geometry()
 
     @torch.inference_mode()

@@ -114,7 +114,7 @@ class TritonAttention:
         query = _dense(query)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
         # Triton launches on the current device, whatever device the tensors are on.
-        with torch.cuda.device_of(query):
+        with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
             self._write(layer, _dense(key), _dense(value))
             for rows in split_rows(self.batch.query_lens, self.batch.num_decode):
                 self._attend_rows(rows, layer, query, options, out)

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.conformance import check_conformance
+from ram_core.models.kv import KvPool
+from ram_core.models.packing import Row, pack
 from ram_core.models.paged import PagedModel
 from ram_core.models.triton_attention import TritonAttention
 from tests.exactness.test_triton_attention import (
@@ -118,3 +120,18 @@ def test_models_say_the_same_through_the_kernels_as_by_themselves(
     model.set_attn_implementation(ATTENTION_NAME)
     check_conformance(PagedModel(model, name=family), VOCAB_SIZE)
     assert set(calls) == {0, 1}
+
+
+def test_experts_of_a_recorded_step_run_without_a_look_at_their_routing() -> None:
+    model = make_model("gpt_oss", dtype=torch.float32).to(CUDA)
+    model.set_attn_implementation(ATTENTION_NAME)
+    paged = PagedModel(model, name="experts")
+    pool = KvPool(paged.geometry, 4, 16, CUDA)
+    batch = pack([Row([5], 3, [1]), Row([6], 9, [2])], page_size=16, device=CUDA)
+    wanted = paged.forward(batch, pool)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = paged.forward(batch, pool)
+    graph.replay()
+    torch.testing.assert_close(out, wanted)
