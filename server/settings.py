@@ -106,6 +106,7 @@ class Settings(BaseSettings):
     is_overlapping: bool | None = None
     has_static_shapes: bool | None = None
     cuda_graphs: bool | None = None
+    attention: str | None = None
     aligner_bank: bool | None = None
     aligner_slots: int | None = Field(default=None, ge=0)
     quantization: str | None = None
@@ -165,6 +166,7 @@ class Settings(BaseSettings):
             "is_overlapping": self.is_overlapping,
             "has_static_shapes": self.has_static_shapes,
             "cuda_graphs": self.cuda_graphs,
+            "attention": self.attention,
             "aligner_bank": self.aligner_bank,
             "aligner_slots": self.aligner_slots,
             "quantization": self.quantization,

@@ -19,6 +19,7 @@ from ram_core.engine.plan import Needs, StartPlan, check_fits, describe, plan_kv
 from ram_core.engine.room import expected_needs, free_bytes, naming_what_was_tried, needs_of
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
+from ram_core.models.backends import resolve_attention
 from ram_core.models.conformance import check_conformance
 from ram_core.models.kv import KvGeometry, KvPool
 from ram_core.models.loading import (
@@ -124,12 +125,13 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
     ranks = join(config.tensor_parallel, resolve_device(config.device))
     device = ranks.device
     dtype = resolve_dtype(config.dtype, device, configs[PROPOSAL])
+    attention = resolve_attention(config.attention, device, config.page_size)
     free = ranks.least(free_bytes(device))
     if free is not None:
         check_fits(config, expected_needs(config, each_once(configs, adapters), dtype), max_model_len, free)
 
     def load(name: str) -> PagedModel:
-        return _load_model(name, sources[name], config, ranks, dtype, vocab_size, progress)
+        return _load_model(name, sources[name], config, ranks, dtype, attention, vocab_size, progress)
 
     proposal = load(PROPOSAL)
     groups = load_groups(config, configs, adapters, load, progress)
@@ -165,6 +167,7 @@ def _load_model(
     config: EngineConfig,
     ranks: Ranks,
     dtype: torch.dtype,
+    attention: str,
     vocab_size: int,
     progress: Progress,
 ) -> PagedModel:
@@ -180,8 +183,10 @@ def _load_model(
         quantization=config.quantization if is_proposal else PLAIN,
         num_ranks=ranks.size if is_proposal else 1,
     )
-    is_shared = is_proposal and ranks.size > 1
-    paged = SharedModel(model, name=name, ranks=ranks) if is_shared else PagedModel(model, name=name)
+    if is_proposal and ranks.size > 1:
+        paged: PagedModel = SharedModel(model, name=name, ranks=ranks, attention=attention)
+    else:
+        paged = PagedModel(model, name=name, attention=attention)
     check_conformance(paged, vocab_size)
     return paged
 

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
 from ram_core.errors import CheckpointError
+from ram_core.models.backends import least_page_size
 from ram_core.models.kv import KvPool
 from ram_core.models.lora import LoraConfig, load_lora
 from ram_core.models.lora_stack import LoraStack, linear_shapes
@@ -157,7 +158,8 @@ def _difference(stack: StackedModel, alone: Float[Tensor, "slot logit vocab"]) -
 def _probe(served: PagedModel | StackedModel, slots: Sequence[int]) -> Float[Tensor, "slot logit vocab"]:
     """Chunks of tokens of two rows a slot, in packed batches."""
     paged = served.paged if isinstance(served, StackedModel) else served
-    pool = KvPool(paged.geometry, 2 * len(slots) * _PAGES + 1, _PAGE_SIZE, paged.device)
+    page_size = max(_PAGE_SIZE, least_page_size(paged.attention))
+    pool = KvPool(paged.geometry, 2 * len(slots) * _PAGES + 1, page_size, paged.device)
     vocab_size = paged.model.config.get_text_config().vocab_size
     logits = []
     for chunks in _CHUNKS:
@@ -169,7 +171,7 @@ def _probe(served: PagedModel | StackedModel, slots: Sequence[int]) -> Float[Ten
                 page = 1 + (2 * at + nth) * _PAGES
                 rows.append(Row(ids, start, range(page, page + _PAGES)))
                 owners += [slot] * len(ids)
-        batch = pack(rows, page_size=_PAGE_SIZE, device=paged.device)
+        batch = pack(rows, page_size=page_size, device=paged.device)
         if isinstance(served, StackedModel):
             out = served.forward(batch, pool, torch.tensor(owners).to(paged.device))
         else:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
+from ram_core.models.backends import least_page_size
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import Row, pack
 from ram_core.models.paged import PagedModel
@@ -60,11 +61,12 @@ def _plain_logits(paged: PagedModel, ids: Tensor) -> Tensor:
 
 def _chunked_logits(paged: PagedModel, ids: Tensor) -> Tensor:
     """The same positions, both sequences packed into one batch, chunk by chunk over scattered pages."""
-    pages_each = _LENGTH // _PAGE_SIZE
-    pool = KvPool(paged.geometry, 2 * pages_each + 1, _PAGE_SIZE, paged.device)
+    page_size = max(_PAGE_SIZE, least_page_size(paged.attention))
+    pages_each = -(-_LENGTH // page_size)
+    pool = KvPool(paged.geometry, 2 * pages_each + 1, page_size, paged.device)
     pages = [list(range(1 + row, 2 * pages_each + 1, 2))[::-1] for row in range(2)]
     logits = []
     for start, end in _CHUNKS:
         rows = [Row(ids[row, start:end].tolist(), start, pages[row]) for row in range(2)]
-        logits.append(paged.forward(pack(rows, page_size=_PAGE_SIZE, device=paged.device), pool).float())
+        logits.append(paged.forward(pack(rows, page_size=page_size, device=paged.device), pool).float())
     return torch.stack(logits)

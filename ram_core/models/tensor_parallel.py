@@ -125,9 +125,9 @@ def parallel_options(num_ranks: int) -> dict[str, Any]:
 class SharedModel(PagedModel):
     """This rank's share of a model. Once it leads, every forward is announced to the other ranks first."""
 
-    def __init__(self, model: PreTrainedModel, *, name: str, ranks: Ranks) -> None:
+    def __init__(self, model: PreTrainedModel, *, name: str, ranks: Ranks, attention: str = "auto") -> None:
         ranks.wait()
-        super().__init__(model, name=name)
+        super().__init__(model, name=name, attention=attention)
         self._ranks = ranks
         self._is_leading = False
 

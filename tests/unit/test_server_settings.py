@@ -117,6 +117,7 @@ def test_every_engine_knob_can_be_set(tmp_path):
         "is_overlapping": True,
         "has_static_shapes": True,
         "cuda_graphs": False,
+        "attention": "torch",
         "aligner_bank": False,
         "aligner_slots": 9,
         "quantization": "int8",

@@ -1,0 +1,60 @@
+"""Which attention a name means, and what is said where it cannot be had."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ram_core.errors import CheckpointError
+from ram_core.models import backends
+from ram_core.models.attention import PagedAttention
+from ram_core.models.backends import choose_backend, least_page_size, resolve_attention
+from ram_core.models.kv import KvGeometry, KvPool, LayerShape
+from ram_core.models.packing import Row, pack
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    packages = {"triton", "flash_attn"}
+    monkeypatch.setattr(backends, "_is_installed", lambda package: package in packages)
+    return packages
+
+
+def test_auto_is_tritons_kernels_on_cuda_where_triton_is(installed: set[str]) -> None:
+    assert resolve_attention("auto", CPU, 16) == "torch"
+    assert resolve_attention("auto", CUDA, 16) == "triton"
+    installed.remove("triton")
+    assert resolve_attention("auto", CUDA, 16) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "page_size", "reason"),
+    [
+        ("flash", CUDA, 16, "`attention` must be auto, triton, torch, flash_attn, got 'flash'"),
+        ("triton", CPU, 16, "`attention` is 'triton', which needs CUDA, but `device` is `cpu`"),
+        ("flash_attn", CUDA, 16, "a `page_size` that is a multiple of 256, got 16"),
+    ],
+)
+def test_what_cannot_be_had_is_refused(
+    installed: set[str], name: str, device: torch.device, page_size: int, reason: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        resolve_attention(name, device, page_size)
+
+
+@pytest.mark.parametrize("name", ["triton", "flash_attn"])
+def test_a_package_that_is_not_there_is_named(installed: set[str], name: str) -> None:
+    assert resolve_attention(name, CUDA, 512) == name
+    installed.remove(name)
+    with pytest.raises(CheckpointError, match=f"'{name}', but that package is not installed"):
+        resolve_attention(name, CUDA, 512)
+
+
+def test_the_reference_serves_where_nothing_is_said() -> None:
+    pool = KvPool(KvGeometry((LayerShape(1, 8, 8),), torch.float32), 2, 16, CPU)
+    batch = pack([Row([1], 0, [1])], page_size=16, device=CPU)
+    assert isinstance(choose_backend(batch, pool), PagedAttention)
+    assert isinstance(choose_backend(batch, pool, "torch"), PagedAttention)
+    assert [least_page_size(kind) for kind in ("torch", "triton", "flash_attn")] == [1, 1, 256]
