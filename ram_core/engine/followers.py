@@ -55,7 +55,8 @@ def main(parent_pid: str) -> None:
     die_with(int(parent_pid))
     load = decode_order(sys.stdin.buffer.read())
     assert isinstance(load, Load), "a follower is told what to load, and nothing else"
-    begin_logging(load.log_level)
+    # What loading tells, the first rank tells already.
+    begin_logging(max(load.log_level, logging.WARNING))
 
     from transformers.utils import logging as transformers_logging
 

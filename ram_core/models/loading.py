@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
-from ram_core.models.quantization import PLAIN, check_quantization, quantization_options
+from ram_core.models.quantization import PLAIN, check_quantization, is_quantized, quantization_options
 from ram_core.models.source import one_line, resolve_source
 from ram_core.models.tensor_parallel import parallel_options
 from ram_core.models.weight_files import FLOAT_DTYPES, TensorHeader, checkpoint_bytes, read_checkpoint_headers
@@ -67,9 +67,9 @@ def load_model(
     directory = check_weights(source, config, trust_remote_code=trust_remote_code)
     try:
         check_quantization(quantization, device=device, dtype=dtype, config=config)
-        options = quantization_options(quantization, device) | parallel_options(num_ranks)
+        options = _options(quantization, device, config, num_ranks)
         model = _load_checked(directory, dtype, attn_implementation, trust_remote_code, options)
-        return model.to(device)
+        return model if options else model.to(device)
     except torch.OutOfMemoryError:
         gib = checkpoint_bytes(directory) / 2**30
         raise CheckpointError(
@@ -114,7 +114,7 @@ def check_weights(source: str, config: PreTrainedConfig, *, trust_remote_code: b
     try:
         headers = read_checkpoint_headers(directory)
         skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
-        if getattr(config, "quantization_config", None) is None:
+        if not is_quantized(config):
             _check_dtypes(skeleton, headers)
             _check_names(skeleton, headers)
     except CheckpointError as error:
@@ -280,6 +280,19 @@ def _tied_names(skeleton: nn.Module) -> set[str]:
     for name, parameter in skeleton.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name for group in names.values() if len(group) > 1 for name in group}
+
+
+def _options(
+    quantization: str, device: torch.device, config: PreTrainedConfig, num_ranks: int
+) -> dict[str, Any]:
+    """What transformers has to be told of models that are not just read and then moved."""
+    options: dict[str, Any] = {}
+    if quantization != PLAIN or is_quantized(config):
+        options = quantization_options(quantization, device)
+    if num_ranks > 1:
+        # Each process' share has its place by the plan.
+        options = {name: value for name, value in options.items() if name != "device_map"}
+    return options | parallel_options(num_ranks)
 
 
 def _load_checked(

@@ -71,9 +71,13 @@ def may_round_activations(model: PreTrainedModel) -> bool:
 
 
 def quantization_options(name: str, device: torch.device) -> dict[str, Any]:
-    """What `from_pretrained` has to be told to quantise while loading."""
+    """What `from_pretrained` has to be told so that quantised weights, or ones to quantise, come to `device`.
+
+    They are made where they stay: some layouts exist on one kind of device only.
+    """
+    place: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     if name == PLAIN:
-        return {}
+        return place
     from torchao.quantization import Float8WeightOnlyConfig, Int4WeightOnlyConfig, Int8WeightOnlyConfig
 
     if name == "int4":
@@ -81,9 +85,7 @@ def quantization_options(name: str, device: torch.device) -> dict[str, Any]:
         kind = Int4WeightOnlyConfig(group_size=_INT4_GROUP, int4_packing_format="tile_packed_to_4d")
     else:
         kind = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[name]()
-    options: dict[str, Any] = {"quantization_config": TorchAoConfig(kind)}
-    # Quantised where it will stay: some layouts exist on one kind of device only.
-    return options if device.type == "cpu" else options | {"device_map": {"": device}}
+    return place | {"quantization_config": TorchAoConfig(kind)}
 
 
 def stored_bytes(tensor: Tensor) -> int:
