@@ -25,6 +25,7 @@ class Job:
     kv_bytes: int
     prefix_cache: bool = True
     is_overlapping: bool | None = None
+    aligner_bank: bool = True
     aligner_slots: int = 0
     cuda_graphs: bool | None = None
 
@@ -39,6 +40,7 @@ class Job:
             kv_memory_bytes=self.kv_bytes,
             prefix_cache=self.prefix_cache,
             is_overlapping=self.is_overlapping,
+            aligner_bank=self.aligner_bank,
             aligner_slots=self.aligner_slots,
             cuda_graphs=self.cuda_graphs,
         )

@@ -136,7 +136,9 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
         if is_linear(module):
             is_kept = type(module) is nn.Linear or module.keeps_plain
             tied = embeddings.get(module.weight.data_ptr()) if is_kept else None
-            kind = SlotLinear if module.weight.device.type == "cpu" else StackedLinear
+            # What is packed lies on CPU, and has no weight to look at without a copy.
+            is_on_cpu = isinstance(module, PackedLinear) or module.weight.device.type == "cpu"
+            kind = SlotLinear if is_on_cpu else StackedLinear
             twins[name] = kind(module, num_slots, is_head=module is head_of(model), tied=tied)
         elif name not in twins and list(module.parameters(recurse=False)):
             twins[name] = _Leaf(module, num_slots, trailing_axes[name])
