@@ -208,8 +208,8 @@ def plain_logits(
     model: PreTrainedModel, prompt: tuple[int, ...], drawn: list[int], vocab_size: int
 ) -> torch.Tensor:
     """Of each drawn token, what the model says after everything before it."""
-    ids = torch.tensor([[*prompt, *drawn[:-1]]])
-    return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :, :vocab_size].float()
+    ids = torch.tensor([[*prompt, *drawn[:-1]]], device=model.device)
+    return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :, :vocab_size].float().cpu()
 
 
 def plain_quantized(source: str) -> PreTrainedModel:
