@@ -129,8 +129,11 @@ def _dot_product_attention(
     scores = query.float() @ keys.float().transpose(-1, -2)
     scores *= query.shape[-1] ** -0.5 if scale is None else scale
     if options.softcap is not None:
-        scores = options.softcap * torch.tanh(scores / options.softcap)
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        scores.div_(options.softcap).tanh_().mul_(options.softcap)
+    if mask.dtype == torch.bool:
+        scores.masked_fill_(~mask, -torch.inf)
+    else:
+        scores += mask
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1)
     weights = scores.softmax(-1)[..., : keys.shape[-2]]

@@ -18,7 +18,7 @@ from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingPa
 from tests.exactness import laws
 from tests.models import save_pair
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma3"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3"]
 NUM_TOKENS = 12
 PROMPTS = [tuple(range(20, 20 + length)) for length in (3, 1, 17, 40, 5, 29)]
 IDENTITY = AlignmentParams()
@@ -28,7 +28,7 @@ TERSE = AlignmentParams((AlignerTerm("terse", 0.7),))
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "gpt_oss"])
 def family_config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     return make_config(tmp_path_factory.mktemp(request.param), request.param)
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
+from ram_core.engine.bank import load_bank
+from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.errors import CheckpointError
 from ram_core.models import backends
 from ram_core.models.attention import PagedAttention
 from ram_core.models.backends import choose_backend, least_page_size, resolve_attention
 from ram_core.models.kv import KvGeometry, KvPool, LayerShape
 from ram_core.models.packing import Row, pack
+from tests.models import save_pair
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
@@ -58,3 +64,13 @@ def test_the_reference_serves_where_nothing_is_said() -> None:
     assert isinstance(choose_backend(batch, pool), PagedAttention)
     assert isinstance(choose_backend(batch, pool, "torch"), PagedAttention)
     assert [least_page_size(kind) for kind in ("torch", "triton", "flash_attn")] == [1, 1, 256]
+
+
+def test_an_engine_gives_its_models_the_attention_that_it_was_asked_for(tmp_path: Path) -> None:
+    proposal, aligners = save_pair(tmp_path, "llama", aligners=["polite"])
+    sources = tuple(AlignerSource(name, str(path)) for name, path in aligners.items())
+    config = EngineConfig(str(proposal), sources, device="cpu", attention="torch")
+    bank = load_bank(config, lambda _: None)
+    assert bank.proposal.attention == bank.group_of["polite"].model.attention == "torch"
+    with pytest.raises(CheckpointError, match="`attention` is 'triton', which needs CUDA"):
+        load_bank(replace(config, attention="triton"), lambda _: None)
