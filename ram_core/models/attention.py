@@ -166,8 +166,11 @@ class PagedAttention:
         start = self.batch.num_decode
         outs = []
         if start and options.is_plain and can_attend(query):
-            new = (each[:, :start] for each in (query, key, value))
-            outs.append(attend_decode(self.batch, self.pool, layer, *new, options.scaling, options.window))
+            new_query, new_key, new_value = (each[:, :start] for each in (query, key, value))
+            out = attend_decode(
+                self.batch, self.pool, layer, new_query, new_key, new_value, options.scaling, options.window
+            )
+            outs.append(out)
             self._write(layer, key, value, start)
         else:
             self._write(layer, key, value)
