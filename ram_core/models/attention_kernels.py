@@ -60,6 +60,42 @@ def write_kv(
     tl.store(values + slot * (num_kv_heads * value_dim) + lane, new, mask=is_lane)
 
 
+@triton.jit
+def _find_tile(
+    tiles,
+    first_row,
+    first_token,
+    row_len,
+    tile_tokens: tl.constexpr,
+    has_tiles: tl.constexpr,
+):
+    """This program's row, the tile's first token in it, the row's tokens, and where these are packed."""
+    nth = tl.program_id(0)
+    if has_tiles:
+        row, first = tl.load(tiles + nth * 4), tl.load(tiles + nth * 4 + 1)
+        num_queries, row_token = tl.load(tiles + nth * 4 + 2), tl.load(tiles + nth * 4 + 3)
+    else:
+        tiles_per_row = tl.cdiv(row_len, tile_tokens)
+        row, first = first_row + nth // tiles_per_row, nth % tiles_per_row * tile_tokens
+        num_queries, row_token = row_len, first_token + nth // tiles_per_row * row_len
+    return row, first, num_queries, row_token
+
+
+@triton.jit
+def _find_blocks(begin, end, split, num_splits: tl.constexpr, block_tokens: tl.constexpr):
+    """The blocks of a context from `begin` to `end` that a split reads; the last splits may have none."""
+    first = begin // block_tokens
+    num_blocks = tl.cdiv(end, block_tokens) - first
+    each = tl.cdiv(num_blocks, num_splits)
+    return first + split * each, first + tl.minimum((split + 1) * each, num_blocks)
+
+
+@triton.jit
+def _bend(scores, softcap):
+    """softcap · tanh(scores / softcap); tanh(x) is 2 · sigmoid(2x) - 1."""
+    return softcap * (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0)
+
+
 @triton.jit(do_not_specialize=_VARYING)
 def attend_tile(
     query,
@@ -108,15 +144,9 @@ def attend_tile(
     multiplies matrices in float32, which holds the products of 16-bit numbers without rounding.
     """
     kv_head, split = tl.program_id(1), tl.program_id(2)
-    if has_tiles:
-        tile = tiles + tl.program_id(0) * 4
-        row, first = tl.load(tile), tl.load(tile + 1)
-        num_queries, row_token = tl.load(tile + 2), tl.load(tile + 3)
-    else:
-        tiles_per_row = tl.cdiv(row_len, tile_tokens)
-        row, first = tl.program_id(0) // tiles_per_row, tl.program_id(0) % tiles_per_row * tile_tokens
-        num_queries, row_token = row_len, first_token + row * row_len
-        row = first_row + row
+    row, first, num_queries, row_token = _find_tile(
+        tiles, first_row, first_token, row_len, tile_tokens, has_tiles
+    )
     context = tl.load(context_lens + row).to(tl.int32)
     lane = tl.arange(0, block_query)
     nth = first + lane // group
@@ -136,16 +166,10 @@ def attend_tile(
     if is_widened:
         queries = queries.to(tl.float32)
 
-    end = start + tl.minimum(first + tile_tokens, num_queries)
-    begin = 0
+    begin, end = 0, start + tl.minimum(first + tile_tokens, num_queries)
     if has_window:
         begin = tl.maximum(start + first - window + 1, 0)
-    first_block = begin // block_tokens
-    num_blocks = tl.cdiv(end, block_tokens) - first_block
-    split_blocks = tl.cdiv(num_blocks, num_splits)
-    from_block = first_block + split * split_blocks
-    to_block = tl.minimum(from_block + split_blocks, first_block + num_blocks)
-
+    from_block, to_block = _find_blocks(begin, end, split, num_splits, block_tokens)
     top = tl.full([block_query], float("-inf"), tl.float32)
     total = tl.zeros([block_query], tl.float32)
     if has_sinks:
@@ -169,8 +193,7 @@ def attend_tile(
             tile_keys = tile_keys.to(tl.float32)
         scores = tl.dot(queries, tile_keys, input_precision=precision) * scale
         if has_softcap:
-            # tanh(x) is 2 · sigmoid(2x) - 1.
-            scores = softcap * (2.0 * tl.sigmoid(scores * (2.0 / softcap)) - 1.0)
+            scores = _bend(scores, softcap)
         is_seen = is_token[None, :] & (at[None, :] <= position[:, None])
         if has_window:
             is_seen = is_seen & (at[None, :] > position[:, None] - window)

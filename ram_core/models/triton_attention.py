@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,19 +146,18 @@ class TritonAttention:
         self, rows: RowRange, layer: int, query: Tensor, options: AttentionOptions, out: Tensor
     ) -> None:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
-        num_heads, num_tokens, key_dim = query.shape
-        num_kv_heads, value_dim = values.shape[2:]
-        group = num_heads // num_kv_heads
+        group = query.shape[0] // keys.shape[2]
         longest = rows.row_len or max(self.batch.query_lens[rows.first_row :][: rows.num_rows])
-        blocks = Blocks.of(longest, group, key_dim, value_dim, keys.element_size())
+        blocks = Blocks.of(longest, group, keys.shape[-1], values.shape[-1], keys.element_size())
         tiles = None if rows.row_len else self._map_tiles(rows, blocks.tile_tokens)
         num_tiles = rows.num_rows * -(-longest // blocks.tile_tokens) if tiles is None else len(tiles)
-        num_splits = self.num_splits or self._choose_num_splits(num_tiles * num_kv_heads, blocks, options)
+        num_programs = num_tiles * keys.shape[2]
+        num_splits = self.num_splits or self._choose_num_splits(num_programs, blocks, options)
         found, log_sums = out, None
         if num_splits > 1:
             found = out.new_empty(num_splits, *out.shape, dtype=torch.float32)
             log_sums = out.new_empty(num_splits, *out.shape[:2], dtype=torch.float32)
-        attend_tile[num_tiles, num_kv_heads, num_splits](
+        attend_tile[num_tiles, keys.shape[2], num_splits](
             query,
             keys,
             values,
@@ -167,51 +167,21 @@ class TritonAttention:
             tiles,
             found,
             log_sums,
-            key_dim**-0.5 if options.scaling is None else options.scaling,
-            options.softcap or 0.0,
-            options.window or 0,
-            rows.first_row,
-            rows.first_token,
-            rows.row_len,
-            self.batch.page_table.stride(0),
-            num_tokens,
-            *query.stride()[:2],
-            num_kv_heads=num_kv_heads,
+            first_row=rows.first_row,
+            first_token=rows.first_token,
+            row_len=rows.row_len,
+            table_stride=self.batch.page_table.stride(0),
+            num_tokens=query.shape[1],
+            query_head_stride=query.stride(0),
+            query_token_stride=query.stride(1),
             group=group,
-            key_dim=key_dim,
-            value_dim=value_dim,
-            page_size=self.pool.page_size,
             num_splits=num_splits,
             has_tiles=tiles is not None,
-            has_window=options.window is not None,
-            has_softcap=options.softcap is not None,
-            has_sinks=options.sinks is not None,
-            tile_tokens=blocks.tile_tokens,
-            block_query=blocks.query,
-            block_tokens=blocks.tokens,
-            block_key=blocks.key,
-            block_value=blocks.value,
-            # Matrix units know no float32: three products of its parts come close, one (TF32) does not.
-            precision="tf32x3" if keys.dtype == torch.float32 else "tf32",
-            # Triton's interpreter, which runs this on CPU, would multiply bfloat16 as if it were integers.
-            is_widened=not query.is_cuda,
-            num_warps=blocks.num_warps,
-            num_stages=2,
+            **_constants_of(keys, values, options),
+            **_constants_of_blocks(blocks),
         )
         if log_sums is not None:
-            join_splits[rows.num_tokens, num_heads](
-                found,
-                log_sums,
-                out,
-                rows.first_token,
-                num_tokens,
-                num_heads=num_heads,
-                value_dim=value_dim,
-                num_splits=num_splits,
-                block_splits=_power_of_two(num_splits),
-                block_value=_power_of_two(value_dim),
-                num_warps=4,
-            )
+            _join(found, log_sums, out, rows)
 
     def _map_tiles(self, rows: RowRange, tile_tokens: int) -> Tensor:
         """Made once a forward and shared by all layers that cut rows alike."""
@@ -227,6 +197,57 @@ class TritonAttention:
             max_tokens = min(max_tokens, options.window + blocks.tile_tokens + blocks.tokens)
         num_cores = _num_cores(self.batch.slots.device)
         return choose_num_splits(num_programs, max_tokens // blocks.tokens, num_cores)
+
+
+def _constants_of(keys: Tensor, values: Tensor, options: AttentionOptions) -> dict[str, Any]:
+    """What of the launch follows from the layer."""
+    _, page_size, num_kv_heads, key_dim = keys.shape
+    return {
+        "num_kv_heads": num_kv_heads,
+        "key_dim": key_dim,
+        "value_dim": values.shape[-1],
+        "page_size": page_size,
+        "scale": key_dim**-0.5 if options.scaling is None else options.scaling,
+        "softcap": options.softcap or 0.0,
+        "window": options.window or 0,
+        "has_window": options.window is not None,
+        "has_softcap": options.softcap is not None,
+        "has_sinks": options.sinks is not None,
+        # Matrix units know no float32: three products of its parts come close, one (TF32) does not.
+        "precision": "tf32x3" if keys.dtype == torch.float32 else "tf32",
+        # Triton's interpreter, which runs this on CPU, would multiply bfloat16 as if it were integers.
+        "is_widened": not keys.is_cuda,
+    }
+
+
+def _constants_of_blocks(blocks: Blocks) -> dict[str, int]:
+    """What of the launch follows from how work is cut."""
+    return {
+        "tile_tokens": blocks.tile_tokens,
+        "block_query": blocks.query,
+        "block_tokens": blocks.tokens,
+        "block_key": blocks.key,
+        "block_value": blocks.value,
+        "num_warps": blocks.num_warps,
+        "num_stages": 2,
+    }
+
+
+def _join(found: Tensor, log_sums: Tensor, out: Tensor, rows: RowRange) -> None:
+    num_splits, num_tokens, num_heads, value_dim = found.shape
+    join_splits[rows.num_tokens, num_heads](
+        found,
+        log_sums,
+        out,
+        rows.first_token,
+        num_tokens,
+        num_heads=num_heads,
+        value_dim=value_dim,
+        num_splits=num_splits,
+        block_splits=_power_of_two(num_splits),
+        block_value=_power_of_two(value_dim),
+        num_warps=4,
+    )
 
 
 def _dense(tensor: Tensor) -> Tensor:
