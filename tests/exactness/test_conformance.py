@@ -16,6 +16,7 @@ from ram_core.models.attention import ATTENTION_NAME, AttentionOptions, PagedAtt
 from ram_core.models.conformance import check_conformance
 from ram_core.models.kv import KvPool
 from ram_core.models.loading import load_model, unsupported_reason
+from ram_core.models.packing import PackedBatch
 from ram_core.models.paged import PagedModel
 from tests.models import FAMILIES, VOCAB_SIZE, Family, save_model
 
@@ -109,6 +110,27 @@ def test_attention_that_ignores_an_option_is_found(
     monkeypatch.setattr(PagedAttention, "attend", attend_plainly)
     with pytest.raises(CheckpointError, match=f"a `{family}` model gives other logits over paged"):
         check_conformance(paged(tmp_path, dtype, family), VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_place_in_eight_may_be_far_off_in_16_bits_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    model = paged(tmp_path, dtype)
+    forward = model.forward
+    places = iter([1, 0, 0, 0])
+
+    def sometimes_wrong(batch: PackedBatch, pool: KvPool) -> Tensor:
+        logits = forward(batch, pool)
+        logits[: next(places)] *= -1
+        return logits
+
+    monkeypatch.setattr(model, "forward", sometimes_wrong)
+    if dtype == torch.bfloat16:
+        check_conformance(model, VOCAB_SIZE)
+    else:
+        with pytest.raises(CheckpointError, match="gives other logits"):
+            check_conformance(model, VOCAB_SIZE)
 
 
 def test_a_model_that_says_nan_is_refused(tmp_path: Path) -> None:
