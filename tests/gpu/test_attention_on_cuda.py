@@ -31,7 +31,7 @@ from tests.models import FAMILIES, VOCAB_SIZE, Family, make_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 CUDA = torch.device("cuda")
-TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCES = {torch.float32: 5e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """As in the interpreter, but for float32, which matrix units take in two parts."""
 
 # Llama 8B, Qwen 2.5 7B, Gemma 2, gpt-oss, DeepSeek's heads without their compression, one key for 71 heads.
