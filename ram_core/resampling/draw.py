@@ -1,4 +1,4 @@
-"""The one entry to the step: compiled code on the host, tensors elsewhere and for what is rarely asked."""
+"""The one entry to the step: compiled on the host, a kernel on CUDA, tensors for what is rarely asked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from ram_core.resampling.draw_on_device import draw_with_kernel, has_kernel_for
 from ram_core.resampling.draws import Draws
 from ram_core.resampling.fused import covered_rows, draw_compiled
 from ram_core.resampling.kernel import MAX_VOCAB_SIZE
@@ -27,8 +28,8 @@ def draw_tokens(
 ) -> Draws:
     """Draw every row's next token.
 
-    Each row takes the compiled or the tensors' way by what its own request asks for, so that its bits never
-    depend on its neighbours.
+    On the host, each row takes the compiled or the tensors' way by what its own request asks for, so that its
+    bits never depend on its neighbours. On CUDA, all rows take the kernel's way, or all the tensors'.
 
     Args:
         proposal_logits: the proposal's raw logits, any float dtype, padding rows of the embedding included.
@@ -40,6 +41,9 @@ def draw_tokens(
         allowed: a grammar's mask, put on both models before anything else.
         bias: penalties and logit bias, added to the aligned scores.
     """
+    has_masks = allowed is not None or bias is not None
+    if proposal_logits.is_cuda and not has_masks and has_kernel_for(aligner_logits, features, vocab_size):
+        return draw_with_kernel(proposal_logits, aligner_logits, params, vocab_size=vocab_size)
     if proposal_logits.device.type != "cpu" or vocab_size > MAX_VOCAB_SIZE:
         return draw_with_tensors(
             proposal_logits,

@@ -153,7 +153,8 @@ def _end_where_proposed(
 ) -> Float[Tensor, "batch vocab"]:
     """Leave only the end of text to rows that give it priority and whose proposal prefers it."""
     proposed = log_p.argmax(-1)
-    is_forced = has_priority & torch.isin(proposed, eos_ids)
+    # Not `isin`, which sorts many ids, and then looks how many are left.
+    is_forced = has_priority & (proposed[:, None] == eos_ids).any(-1)
     is_proposed = torch.arange(log_p.shape[-1], device=log_p.device) == proposed[:, None]
     alone = torch.zeros_like(scores).masked_fill(~is_proposed, -torch.inf)
     return torch.where(is_forced[:, None], alone, scores)
