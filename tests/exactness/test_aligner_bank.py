@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +22,7 @@ from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Request, TokenEvent
 from ram_core.errors import CheckpointError
-from ram_core.models import grouped_linear, stacked
+from ram_core.models import grouped_linear, packed_linear, stacked
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.grouped_linear import RowGroups, grouped_linear_reference
 from ram_core.models.kv import KvPool
@@ -112,6 +116,23 @@ def test_the_kernel_gives_the_references_products_and_reads_no_slot_without_rows
     torch.testing.assert_close(ours, wanted, rtol=0, atol=2e-5)
 
 
+def test_the_kernel_compiles_for_devices_that_are_not_here(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    ran = subprocess.run(
+        [sys.executable, "-m", "tests.bank_kernel_compiler"],
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        | {"TRITON_CACHE_DIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    compiled = json.loads(ran.stdout)
+    assert len(compiled) == 4
+    for each in compiled:
+        assert each["shared_bytes"] <= 99 * 1024
+        assert each["has_async_copies"]
+    assert [each["has_matrix_units"] for each in compiled] == [True, True, True, False]
+
+
 def test_on_a_device_nobody_asks_which_slots_rows_take() -> None:
     with FakeTensorMode():
         groups = RowGroups.of(torch.zeros(7, dtype=torch.int64, device="cuda"), 4)
@@ -146,14 +167,16 @@ def logits_of(
 MIXES = [[0, 1, 2, 0, 1, 2, 0, 1], [0, 0, 0, 1, 1, 2, 2, 2], [2, 2, 1], [1, 1], [2]]
 
 
-@pytest.mark.parametrize("is_on_device", [False, True])
+@pytest.mark.parametrize("machine", ["Intel", "other", "device"])
 @pytest.mark.parametrize("family", [*STACKED_FAMILIES, "phi", "gpt_neox"])
 def test_a_module_of_several_models_gives_the_logits_of_each(
-    tmp_path: Path, family: str, is_on_device: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str, machine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The device's way goes through the kernel, in Triton's interpreter."""
+    """Intel's CPUs keep plain weights, tied ones too; a device's way goes through the kernel, interpreted."""
+    monkeypatch.setattr(packed_linear, "_is_intel", lambda: machine != "other")
+    is_on_device = machine == "device"
     if is_on_device:
-        if family not in ("llama", "gpt_neox"):
+        if family not in ("gemma3", "gpt_neox"):
             pytest.skip("the interpreter is slow, and the leaves are the same")
         monkeypatch.setattr(stacked, "SlotLinear", StackedLinear)
         by_kernel(monkeypatch)

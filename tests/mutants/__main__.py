@@ -22,6 +22,7 @@ import pytest
 
 from tests.http.mutants import SERVER_MUTANTS
 from tests.mutants import Mutant
+from tests.mutants.bank import BANK_MUTANTS
 from tests.mutants.bench import BENCH_MUTANTS
 from tests.mutants.engine import ENGINE_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
@@ -33,6 +34,7 @@ MUTANTS = [
     *RESAMPLING_MUTANTS,
     *ENGINE_MUTANTS,
     *MODEL_MUTANTS,
+    *BANK_MUTANTS,
     *BENCH_MUTANTS,
     *(Mutant(*fields) for fields in SERVER_MUTANTS),
 ]
