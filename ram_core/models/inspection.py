@@ -26,7 +26,9 @@ from ram_core.models.loading import (
     unsupported_reason,
 )
 from ram_core.models.paged import PagedModel
+from ram_core.models.quantization import is_quantized
 from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer, shared_vocabulary_size
+from ram_core.models.weight_files import checkpoint_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -38,7 +40,8 @@ PROPOSAL = "proposal"
 class ModelReport:
     """What one model is and needs. A model that cannot be read has zeros, and problems that say why.
 
-    `weight_bytes` and `kv_bytes_per_token` are in `dtype`; `num_rows` counts the logits of a token.
+    `weight_bytes` and `kv_bytes_per_token` are in `dtype`, but for weights that the checkpoint quantises;
+    `num_rows` counts the logits of a token.
     """
 
     name: str
@@ -165,11 +168,17 @@ def _measured(report: ModelReport, config: PreTrainedConfig, options: _Options) 
         report,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
-        weight_bytes=model.weight_bytes,
+        weight_bytes=_stored_bytes(report.source, config) or model.weight_bytes,
         kv_bytes_per_token=model.geometry.bytes_per_token,
         context_tokens=context_limit(config),
         num_rows=config.get_text_config(decoder=True).vocab_size,
     )
+
+
+def _stored_bytes(source: str, config: PreTrainedConfig) -> int:
+    """Bytes of weights that are quantised in the checkpoint, as far as that is here; else 0."""
+    directory = Path(source).expanduser()
+    return checkpoint_bytes(directory) if is_quantized(config) and directory.is_dir() else 0
 
 
 def _architecture(config: PreTrainedConfig) -> str:

@@ -47,7 +47,12 @@ def read_checkpoint_headers(directory: Path) -> dict[str, TensorHeader]:
 
 def checkpoint_bytes(directory: Path) -> int:
     """Bytes of all tensors of a checkpoint, as they are stored."""
-    return sum(path.stat().st_size for path in _weight_files(directory))
+    return sum(path.stat().st_size - _header_bytes(path) for path in _weight_files(directory))
+
+
+def _header_bytes(path: Path) -> int:
+    with path.open("rb") as file:
+        return _PREFIX_BYTES + int.from_bytes(file.read(_PREFIX_BYTES), "little")
 
 
 def read_header(path: Path) -> dict[str, TensorHeader]:

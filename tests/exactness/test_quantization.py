@@ -16,6 +16,7 @@ from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Request
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
+from ram_core.models.inspection import inspect_pair
 from ram_core.models.loading import build_skeleton, load_config, load_model
 from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.quantization import quantization_options, quantized_bytes, stored_bytes
@@ -122,7 +123,10 @@ def test_a_checkpoint_that_brings_its_own_quantisation_is_served(tmp_path: Path)
     config, model = save_quantized(tmp_path, Int8WeightOnlyConfig())
     engine = Engine.load(config)
     assert worst_shortfall(engine, model) == 0
-    assert engine.bank.proposal.weight_bytes < 110_000  # Of 156,288 in float32.
+    num_bytes = engine.bank.proposal.weight_bytes
+    assert num_bytes < 110_000  # Of 156,288 in float32.
+    report = inspect_pair(config.proposal, {}, dtype="float32").proposal
+    assert report.weight_bytes == pytest.approx(num_bytes, rel=0.03)
     with pytest.raises(CheckpointError, match="are quantised already; leave it out"):
         Engine.load(replace(config, quantization="int8"))
 
