@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,8 +14,8 @@ from starlette.responses import JSONResponse, Response
 
 from ram_core import __version__
 from ram_core.errors import RamError
-from server.middleware import HUNG_UP, AnswerMiddleware
-from server.openai.errors import ApiError, of_router, to_api_error
+from server.middleware import AnswerMiddleware, KeyMiddleware
+from server.openai.errors import HUNG_UP, ApiError, of_router, to_api_error
 from server.routes import chat, completions, health, metrics, models, version
 from server.serving import Loaded, Serving
 from server.settings import Settings
@@ -27,7 +28,9 @@ def create_app(settings: Settings, loaded: Loaded | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(serving.tenants.watch())
         yield
+        watching.cancel()
         await serving.close()
 
     app = FastAPI(title="RAM", version=__version__, lifespan=lifespan, redirect_slashes=False)
@@ -36,6 +39,8 @@ def create_app(settings: Settings, loaded: Loaded | None = None) -> FastAPI:
         serving.open(loaded)
     for module in (chat, completions, models, health, metrics, version):
         app.include_router(module.router)
+    app.add_middleware(KeyMiddleware, tenants=serving.tenants, metrics_access=settings.metrics_access)
+    # The last one is the outermost: refusals have ids and are counted, too.
     app.add_middleware(AnswerMiddleware, metrics=serving.metrics)
     app.add_exception_handler(ApiError, _answer_error)
     app.add_exception_handler(RamError, _answer_error)

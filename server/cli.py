@@ -11,6 +11,7 @@ from ram_core import __version__
 from ram_core.errors import RamError
 from server.commands.bench import DEFAULT_URL, bench_app
 from server.commands.failing import fail
+from server.commands.tenant import tenant_app
 
 app = typer.Typer(
     name="ram",
@@ -22,6 +23,7 @@ app = typer.Typer(
 demo_app = typer.Typer(help="The embedded demo: rebuild it, measure it.", no_args_is_help=True)
 app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")
+app.add_typer(tenant_app, name="tenant")
 
 AlignerFlags = Annotated[
     list[str] | None, typer.Option("--aligner", metavar="NAME=PATH", help="An aligner; may be repeated.")
@@ -82,6 +84,11 @@ def serve(
     cuda_graphs: Annotated[
         bool | None, typer.Option("--cuda-graphs/--no-cuda-graphs", help="Capture steps on CUDA.")
     ] = None,
+    tenants_file: Annotated[Path | None, typer.Option(help="Who may call; see `ram tenant`.")] = None,
+    allow_anonymous: Annotated[
+        bool, typer.Option("--allow-anonymous", help="Without keys, serve others than this machine, too.")
+    ] = False,
+    usage_log: Annotated[Path | None, typer.Option(help="A line of JSON for each request.")] = None,
     engine: Annotated[str | None, typer.Option(help="process, or thread: in the server's own.")] = None,
     max_body_bytes: Annotated[str | None, typer.Option(help="Largest request, such as 4MiB.")] = None,
     drain_s: Annotated[float | None, typer.Option(help="Unready, but open, so long after SIGTERM.")] = None,
@@ -104,6 +111,9 @@ def serve(
             default_aligner=default_aligner,
             host=host,
             port=port,
+            tenants_file=tenants_file,
+            allow_anonymous=allow_anonymous or None,
+            usage_log=usage_log,
             device=device,
             dtype=dtype,
             quantization=quantization,

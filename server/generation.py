@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
@@ -20,7 +20,7 @@ from ram_core.engine.messages import (
     StepTelemetry,
     TokenEvent,
 )
-from ram_core.errors import EngineUnavailable
+from ram_core.errors import EngineUnavailable, RamError
 from server.metrics import Meter, Outcome
 
 if TYPE_CHECKING:
@@ -110,6 +110,8 @@ class Generation:
     """The choices of all prompts of one request, as they grow.
 
     Prompts have `num_choices` choices each, numbered through. Leaving the block stops whatever still runs.
+    `on_end` is called once, as soon as the outcome is known, and before anybody hears of it; not if a prompt
+    was not admitted. With `keeps_text`, `texts` are the answers.
     """
 
     def __init__(
@@ -118,7 +120,14 @@ class Generation:
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         meter: Meter,
+        on_end: Callable[[Generation], None] | None = None,
+        *,
+        keeps_text: bool = False,
     ) -> None:
+        self._on_end = on_end
+        self._texts = [""] * sum(request.num_choices for request in requests) if keeps_text else []
+        self._started: set[int] = set()
+        self.failure: RamError | None = None
         self._engine = engine
         self._tokenizer = tokenizer
         self._requests = requests
@@ -140,6 +149,25 @@ class Generation:
         return sum(len(request.prompt_ids) for request in self._requests)
 
     @property
+    def num_started_prompt_tokens(self) -> int:
+        """Tokens of the prompts that have left the queue."""
+        return sum(len(self._requests[number].prompt_ids) for number in self._started)
+
+    @property
+    def is_admitted(self) -> bool:
+        """Whether the engine took every prompt; the end will then be told."""
+        return bool(self._choices)
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended; "abort" while it has not."""
+        return self._outcome
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(self._texts)
+
+    @property
     def num_completion_tokens(self) -> int:
         return sum(choice.num_tokens for choices in self._choices for choice in choices)
 
@@ -157,6 +185,7 @@ class Generation:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
+        self._tell_end()
         self._meter.ended(self._outcome)
         await self._exits.aclose()
 
@@ -167,12 +196,14 @@ class Generation:
         """The next token's delta; raises the error of a choice that failed."""
         while self._num_open:
             source, event = await self._next_event()
+            if not isinstance(event, FailedEvent):
+                self._started.add(source)
             if isinstance(event, StartedEvent):
                 self.num_cached_tokens += event.num_cached_tokens
                 self._meter.started(event.queue_s, len(self._requests[source].prompt_ids))
             elif isinstance(event, FailedEvent):
                 self._outcome = "error"
-                raise event.error
+                raise self._failed(event.error)
             else:
                 choice = self._choices[source][event.index]
                 if choice.finish_reason is None:
@@ -194,11 +225,23 @@ class Generation:
             return await anext(self._events)
         except StopAsyncIteration:
             self._outcome = "error"
-            raise EngineUnavailable("The engine ended before the answer did.") from None
+            raise self._failed(EngineUnavailable("The engine ended before the answer did.")) from None
+
+    def _failed(self, error: RamError) -> RamError:
+        self.failure = error
+        self._tell_end()
+        return error
+
+    def _tell_end(self) -> None:
+        tell, self._on_end = self._on_end, None
+        if tell is not None:
+            tell(self)
 
     def _take(self, source: int, event: TokenEvent, choice: _Choice) -> Delta:
         delta = choice.push(event)
         self._meter.token(delta.index, event.telemetry)
+        if self._texts:
+            self._texts[delta.index] += delta.text
         if delta.finish_reason is not None:
             if event.finish_reason is None:
                 # A stop string was met, of which the engine knows nothing.
@@ -207,6 +250,7 @@ class Generation:
             if not self._num_open:
                 reasons = {choice.finish_reason for choices in self._choices for choice in choices}
                 self._outcome = "length" if "length" in reasons else "stop"
+                self._tell_end()
         return delta
 
 

@@ -82,6 +82,15 @@ class Metrics:
         self.fallbacks = counter("fallbacks", "Aligned tokens at which the gate fell back to the proposal.")
         self.http_requests = counter("http_requests", "Answers by route and status.", ("route", "status"))
         self.unknown_fields = counter("unknown_fields", "Request fields that nobody knows.", ("field",))
+        by_tenant = ("tenant", "aligner")
+        self.tenant_requests = counter("tenant_requests", "Requests of a tenant that ended.", by_tenant)
+        self.tenant_prompt_tokens = counter("tenant_prompt_tokens", "Tokens of its prompts.", by_tenant)
+        self.tenant_cached_tokens = counter("tenant_cached_tokens", "Of these, found in cache.", by_tenant)
+        self.tenant_completion_tokens = counter("tenant_completion_tokens", "Tokens drawn for it.", by_tenant)
+        self.tenant_refusals = counter(
+            "tenant_refusals", "Requests over a tenant's limit.", ("tenant", "limit")
+        )
+        self.usage_log_errors = counter("usage_log_errors", "Lines that the usage log has lost.", ())
         self._model_name = model_name
         for aligner in (IDENTITY, SEVERAL):
             self._create_children(aligner)

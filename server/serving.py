@@ -10,7 +10,9 @@ from ram_core.engine.client import EngineClient
 from ram_core.errors import EngineUnavailable
 from server.metrics import Metrics
 from server.openai.convert import ModelNames
-from server.settings import Settings
+from server.settings import Settings, SettingsError
+from server.tenants.tenants import Tenants
+from server.tenants.usage import UsageLog, UsageLogError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,8 +30,11 @@ class Serving:
     """One deployment, from its start to its end."""
 
     def __init__(self, settings: Settings) -> None:
+        """Raises `SettingsError` for a tenants' file or a usage log that cannot be used."""
         self.settings = settings
         self.metrics = Metrics(settings.model_name)
+        self.tenants = Tenants(settings)
+        self.usage_log = self._open_usage_log()
         self.created_s = int(time.time())
         self.is_draining = False
         self._loaded: Loaded | None = None
@@ -41,6 +46,20 @@ class Serving:
         self._names = ModelNames(self.settings.model_name, aligners, self.settings.default_aligner)
         self.metrics.open(loaded.engine)
         self._loaded = loaded
+
+    def _open_usage_log(self) -> UsageLog | None:
+        path = self.settings.usage_log
+        try:
+            return UsageLog(path, self.metrics.usage_log_errors.inc) if path else None
+        except UsageLogError as error:
+            raise SettingsError(str(error)) from None
+
+    def reload(self) -> None:
+        """Read the tenants' file again, and write usage to the file that has the log's name now."""
+        if self.tenants.file is not None:
+            self.tenants.reload()
+        if self.usage_log is not None:
+            self.usage_log.reopen()
 
     async def close(self) -> None:
         """End the engine, if there is one; what still runs fails with `EngineUnavailable`."""

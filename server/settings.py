@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -67,6 +67,7 @@ def aligner_table(items: list[str]) -> dict[str, str]:
 
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 EngineMode = Literal["process", "thread"]
+MetricsAccess = Literal["loopback", "admin", "open"]
 Aligners = Annotated[dict[str, str], NoDecode, BeforeValidator(parse_aligners)]
 
 
@@ -91,6 +92,13 @@ class Settings(BaseSettings):
     stall_s: float = Field(default=60.0, ge=4 * HEARTBEAT_S)
     drain_s: float = Field(default=0.0, ge=0)
     shutdown_grace_s: float = Field(default=30.0, ge=0)
+
+    tenants_file: Path | None = None
+    api_key: SecretStr | None = None
+    admin_key: SecretStr | None = None
+    allow_anonymous: bool = False
+    metrics_access: MetricsAccess = "loopback"
+    usage_log: Path | None = None
 
     engine: EngineMode = "process"
     device: str | None = None
@@ -149,6 +157,18 @@ class Settings(BaseSettings):
             return DEMO_MODEL_NAME
         path = Path(self.proposal)
         return path.resolve().name if path.is_dir() else self.proposal
+
+    @property
+    def needs_no_key(self) -> bool:
+        """Whether anybody who reaches the server may use it."""
+        return self.tenants_file is None and not (self.api_key and self.api_key.get_secret_value())
+
+    @property
+    def num_places(self) -> int:
+        """Sequences that the engine holds at once, running and waiting."""
+        default = EngineConfig(proposal="")
+        max_batch = default.max_batch if self.max_batch is None else self.max_batch
+        return max_batch + (default.max_queue if self.max_queue is None else self.max_queue)
 
     def engine_config(self) -> EngineConfig:
         """The engine's part of the settings, with paths checked."""

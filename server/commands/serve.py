@@ -22,6 +22,7 @@ from ram_core.engine.parent import begin_logging
 from server.app import create_app
 from server.serving import Loaded, Serving
 from server.settings import EngineMode, Settings, SettingsError
+from server.tenants.access import is_loopback
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,7 @@ def run(settings: Settings) -> None:
     config = settings.engine_config()
     begin_logging(settings.log_level.upper())
     with bind(settings.host, settings.port) as listener, _signals_end_serving():
+        _check_who_may_come(settings, listener)
         is_loaded = asyncio.run(_serve(settings, config, listener))
     if not is_loaded:
         # A thread still reads weights and cannot be stopped; nothing else is left to do.
@@ -108,6 +110,16 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def _check_who_may_come(settings: Settings, listener: socket.socket) -> None:
+    """Raise `SettingsError` if others than this machine's users could come, without a key."""
+    host = listener.getsockname()[0]
+    if settings.needs_no_key and not settings.allow_anonymous and not is_loopback(host):
+        raise SettingsError(
+            f"On {host} anybody could use this server, as there are no keys. Name them by `--tenants-file` "
+            "or RAM_API_KEY, or let everybody in by `--allow-anonymous`."
+        )
+
+
 async def _serve(settings: Settings, config: EngineConfig, listener: socket.socket) -> bool:
     """Return whether the models had been loaded when the end came."""
     app = create_app(settings)
@@ -120,6 +132,8 @@ async def _serve(settings: Settings, config: EngineConfig, listener: socket.sock
         ws="none",
     )
     server = GracefulServer(uvicorn_config, serving)
+    if settings.tenants_file or settings.usage_log:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, serving.reload)
     answering = asyncio.create_task(server.serve(sockets=[listener]))
     loading = _load_in_thread(config, settings.engine)
     await asyncio.wait((answering, loading), return_when=asyncio.FIRST_COMPLETED)
@@ -207,10 +221,18 @@ def _print_banner(settings: Settings, serving: Serving, listener: socket.socket)
     console.print(f"\n[bold]Ready[/bold] at [bold]{url}/v1[/bold]")
     console.print(f"  proposal  {settings.model_name}", markup=False)
     console.print(f"  aligners  {', '.join(names.aligners) or 'none'}", markup=False)
+    console.print(f"  open to   {_who_may_come(serving, host)}", markup=False)
     console.print("\nTry this:")
+    key = "" if serving.tenants.is_open else " -H 'Authorization: Bearer KEY'"
     console.print(
-        f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' \\\n"
         f'    -d \'{{"model": "{aligner}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'',
         markup=False,
     )
     console.print(f"  ram chat --url {url}\n", markup=False)
+
+
+def _who_may_come(serving: Serving, host: str) -> str:
+    if not serving.tenants.is_open:
+        return f"{serving.tenants.num_tenants} tenants, by their keys"
+    return "everybody on this machine, without a key" if is_loopback(host) else "everybody, without a key"

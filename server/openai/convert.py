@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from ram_core.errors import InvalidRequest
@@ -19,6 +20,7 @@ from server.openai.schema import (
     Message,
 )
 from server.settings import IDENTITY
+from server.tenants.policy import UNLIMITED, Limits, Patterns, Tenant, fits
 from server.text import Turn
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -44,16 +46,34 @@ _ALIGNMENT_FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class ModelNames:
-    """What a request may call by name; `default_aligner` answers where it names nothing."""
+    """What a request may call by name; `default_aligner` answers where it names nothing.
+
+    Without `has_proposal` the proposal answers nobody alone.
+    """
 
     proposal: str
     aligners: tuple[str, ...] = ()
     default_aligner: str = ""
+    has_proposal: bool = True
 
     def require(self, name: str, param: str) -> None:
         """Raise `UnknownName` unless an aligner, or the identity, has this name."""
         if name != IDENTITY and name not in self.aligners:
             raise UnknownName(f"The aligner `{name[:200]}` does not exist.", param=param)
+
+
+def names_for(tenant: Tenant, names: ModelNames) -> ModelNames:
+    """What a tenant may call by name: to it, nothing else exists."""
+    aligners = _visible(names.aligners, tenant.aligners)
+    default = tenant.default_aligner
+    if not default and (names.default_aligner in aligners or names.default_aligner == IDENTITY):
+        default = names.default_aligner
+    return ModelNames(names.proposal, aligners, default, fits(names.proposal, tenant.models))
+
+
+@lru_cache(maxsize=1024)
+def _visible(names: tuple[str, ...], patterns: Patterns) -> tuple[str, ...]:
+    return tuple(name for name in names if fits(name, patterns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,21 +91,22 @@ class Ask:
     wants_telemetry: bool
 
 
-def to_ask(request: ChatRequest | CompletionRequest, names: ModelNames) -> Ask:
+def to_ask(request: ChatRequest | CompletionRequest, names: ModelNames, limits: Limits = UNLIMITED) -> Ask:
     """Everything but the prompt.
 
     Raises:
-        InvalidRequest: a value out of range, or two fields that contradict each other.
+        InvalidRequest: a value out of range, or over the limits, or two fields that contradict each other.
         UnknownModel: a name that is neither the proposal's nor an aligner's.
     """
     is_stream = bool(request.stream)
     if request.stream_options is not None and not is_stream:
         raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
+    _check_limits(request, limits)
     alignment = to_alignment(request, names)
     default_model = "+".join(term.aligner for term in alignment.terms) or names.proposal
     return Ask(
         model=request.model or default_model,
-        sampling=to_sampling(request),
+        sampling=to_sampling(request, limits),
         alignment=alignment,
         num_choices=1 if request.n is None else request.n,
         cache_salt=request.cache_salt or "",
@@ -96,8 +117,20 @@ def to_ask(request: ChatRequest | CompletionRequest, names: ModelNames) -> Ask:
     )
 
 
-def to_sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
-    """The core's sampling parameters; what the wire does not say is left to the core."""
+def _check_limits(request: ChatRequest | CompletionRequest, limits: Limits) -> None:
+    """Refuse what is asked for explicitly, and more than one request may have."""
+    for name, limit in (
+        ("max_tokens", limits.max_tokens),
+        ("max_completion_tokens", limits.max_tokens),
+        ("n", limits.max_n),
+    ):
+        value = getattr(request, name, None)
+        if value is not None and limit is not None and value > limit:
+            raise InvalidRequest(f"`{name}` may be at most {limit}, got {value}.", param=name)
+
+
+def to_sampling(request: ChatRequest | CompletionRequest, limits: Limits = UNLIMITED) -> SamplingParams:
+    """The core's sampling parameters; what the wire does not say is left to the core, within the limits."""
     given: dict[str, Any] = _given(request, _SAMPLING_FIELDS)
     if request.top_k is not None:
         # Elsewhere -1 means all tokens, which is 0 here.
@@ -107,9 +140,9 @@ def to_sampling(request: ChatRequest | CompletionRequest) -> SamplingParams:
     if request.stop_token_ids is not None:
         # Beyond 64 bits no vocabulary has an id, so none of these can be met.
         given["stop_token_ids"] = tuple(i for i in request.stop_token_ids if -(2**63) <= i < 2**63)
-    max_tokens = _max_tokens(request)
-    if max_tokens is not None:
-        given["max_tokens"] = max_tokens
+    known = [count for count in (_max_tokens(request), limits.max_tokens) if count is not None]
+    if known:
+        given["max_tokens"] = min(known)
     num_top_log_probs = _num_top_log_probs(request)
     if num_top_log_probs is not None:
         given["num_top_log_probs"] = num_top_log_probs
@@ -144,7 +177,11 @@ def to_alignment(request: GenerationRequest, names: ModelNames) -> AlignmentPara
     if wire.resampling is not None:
         given["resampling"] = _to_resampling(wire.resampling)
     terms = _to_terms(wire, _named_by_model(request.model, names), names)
-    return _within("alignment.", lambda: AlignmentParams(terms=terms, **given))
+    params = _within("alignment.", lambda: AlignmentParams(terms=terms, **given))
+    if not names.has_proposal and (params.is_identity or not any(term.strength for term in terms)):
+        name = request.model or names.proposal
+        raise UnknownName(f"The model `{name[:200]}` does not exist.", param="model")
+    return params
 
 
 def _named_by_model(model: str | None, names: ModelNames) -> str:

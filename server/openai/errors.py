@@ -18,10 +18,13 @@ from ram_core.errors import (
     RamError,
     UnknownModel,
 )
+from server.tenants.limits import RateLimited, RequestsLimited, TokensLimited, TooManyTokens
 
 ErrorType = Literal[
     "invalid_request_error", "requests", "tokens", "server_error", "service_unavailable_error"
 ]
+HUNG_UP = 499
+"""The status under which an answer to a client that is gone is counted, as nginx does."""
 ENGINE_RETRY_S = 5
 """When to ask again after the engine died: about the time that a supervisor needs to restart it."""
 
@@ -82,6 +85,10 @@ _TABLE: dict[type[RamError], _Row] = {
     InvalidRequest: _Row(400, "invalid_request_error", "invalid_value"),
     UnknownModel: _Row(404, "invalid_request_error", "model_not_found"),
     QueueFull: _Row(429, "requests", "rate_limit_exceeded"),
+    TokensLimited: _Row(429, "tokens", "rate_limit_exceeded"),
+    RequestsLimited: _Row(429, "requests", "rate_limit_exceeded"),
+    RateLimited: _Row(429, "requests", "rate_limit_exceeded"),
+    TooManyTokens: _Row(429, "tokens", "rate_limit_exceeded", _NO_RETRY),
     EngineUnavailable: _Row(
         503, "service_unavailable_error", "engine_unavailable", {"Retry-After": str(ENGINE_RETRY_S)}
     ),
@@ -99,11 +106,26 @@ def to_api_error(error: Exception) -> ApiError:
     if row is None:
         return ApiError(500, "The server had an error while processing your request.", type="server_error")
     headers = dict(row.headers)
-    if isinstance(error, QueueFull):
+    if isinstance(error, (QueueFull, RateLimited)):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
         headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after_s * 1000)))
     param = error.param if isinstance(error, (InvalidRequest, UnknownName)) else None
     return ApiError(row.status, str(error), type=row.type, code=row.code, param=param, headers=headers)
+
+
+def no_key(is_given: bool) -> ApiError:
+    """What a caller hears whose key opens nothing, or who brought none."""
+    message = (
+        "Incorrect API key provided."
+        if is_given
+        else "You didn't provide an API key. Send it in a header, `Authorization: Bearer KEY`."
+    )
+    return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+def not_for_tenants() -> ApiError:
+    """What a tenant hears where only the admin's key opens."""
+    return ApiError(403, "This needs the admin's key.", code="insufficient_permissions")
 
 
 _ROUTER_CODES = {404: "unknown_url", 405: "method_not_allowed"}

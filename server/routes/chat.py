@@ -9,7 +9,7 @@ from starlette.responses import Response
 from server.openai.convert import Ask, to_ask, to_turns
 from server.openai.render import ChatRenderer
 from server.openai.schema import ChatRequest
-from server.routes.shared import answer, describe_body, read_request, serving_of
+from server.routes.shared import answer, caller_of, describe_body, names_of, read_request, serving_of
 from server.streaming import while_connected
 from server.text import Turn, encode_chat
 
@@ -20,7 +20,7 @@ router = APIRouter(tags=["openai"])
 async def create_chat_completion(request: Request) -> Response:
     """Answer a conversation, streamed or whole."""
     wire = await read_request(request, ChatRequest)
-    ask = to_ask(wire, serving_of(request).names)
+    ask = to_ask(wire, names_of(request), caller_of(request).tenant.limits)
     return await while_connected(request, _answer(request, ask, to_turns(wire.messages)))
 
 

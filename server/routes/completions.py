@@ -9,7 +9,7 @@ from starlette.responses import Response
 from server.openai.convert import Ask, Prompts, to_ask, to_prompts
 from server.openai.render import CompletionRenderer
 from server.openai.schema import CompletionRequest
-from server.routes.shared import answer, describe_body, read_request, serving_of
+from server.routes.shared import answer, caller_of, describe_body, names_of, read_request, serving_of
 from server.streaming import while_connected
 from server.text import encode_prompts
 
@@ -20,7 +20,7 @@ router = APIRouter(tags=["openai"])
 async def create_completion(request: Request) -> Response:
     """Continue one or more texts, streamed or whole."""
     wire = await read_request(request, CompletionRequest)
-    ask = to_ask(wire, serving_of(request).names)
+    ask = to_ask(wire, names_of(request), caller_of(request).tenant.limits)
     return await while_connected(request, _answer(request, ask, to_prompts(wire)))
 
 

@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from server.openai.errors import UnknownName
 from server.openai.schema import ModelList, ServedModel
-from server.routes.shared import serving_of
+from server.routes.shared import names_of, serving_of
 
 router = APIRouter(tags=["openai"])
 
@@ -30,14 +30,15 @@ async def get_model(request: Request, model_id: str) -> ServedModel:
 
 
 def _models(request: Request) -> list[ServedModel]:
-    serving = serving_of(request)
-    proposal = serving.names.proposal
-    parents = {proposal: None} | dict.fromkeys(serving.names.aligners, proposal)
+    names = names_of(request)
+    proposal = names.proposal
+    own = {proposal: None} if names.has_proposal else {}
+    parents: dict[str, str | None] = own | dict.fromkeys(names.aligners, proposal)
     return [
         ServedModel(
             id=name,
             object="model",
-            created=serving.created_s,
+            created=serving_of(request).created_s,
             owned_by=OWNER,
             root=proposal,
             parent=parent,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
@@ -9,16 +11,20 @@ from starlette.responses import Response
 
 from ram_core.engine.messages import Request
 from ram_core.errors import ContextLengthExceeded, InvalidRequest
+from server.accounting import Account
 from server.generation import Generation
-from server.metrics import SEVERAL, Meter
+from server.metrics import SEVERAL, Meter, Metrics
 from server.openai.body import read_json, validate
-from server.openai.convert import Ask
+from server.openai.convert import Ask, ModelNames, names_for
+from server.openai.errors import to_api_error
 from server.openai.fields import check_fields, unknown_fields
 from server.openai.render import Renderer, Transcript, count_usage
 from server.openai.schema import GenerationRequest
 from server.serving import Serving
 from server.settings import IDENTITY
 from server.streaming import ChunkStream, open_stream
+from server.tenants.limits import RateLimited, TooManyTokens, Wanted
+from server.tenants.tenants import Caller
 
 Wire = TypeVar("Wire", bound=GenerationRequest)
 
@@ -45,10 +51,32 @@ def serving_of(request: HttpRequest) -> Serving:
     return serving
 
 
+def caller_of(request: HttpRequest) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def names_of(request: HttpRequest) -> ModelNames:
+    """What the caller may call by name."""
+    return names_for(caller_of(request).tenant, serving_of(request).names)
+
+
+@contextmanager
+def _refusals_counted(metrics: Metrics, caller: Caller) -> Iterator[None]:
+    try:
+        yield
+    except (RateLimited, TooManyTokens) as error:
+        limit = to_api_error(error).type
+        metrics.tenant_refusals.labels(caller.tenant.name, limit).inc()
+        raise
+
+
 async def read_request(request: HttpRequest, kind: type[Wire]) -> Wire:
-    """The validated body; fields that nobody knows are counted."""
-    serving = serving_of(request)
+    """The validated body, unread if its caller is over a limit; fields that nobody knows are counted."""
+    serving, caller = serving_of(request), caller_of(request)
     _ = serving.loaded
+    with _refusals_counted(serving.metrics, caller):
+        caller.ledger.check()
     data: dict[str, Any] = await read_json(request, max_bytes=serving.settings.max_body_bytes)
     wire = validate(kind, data)
     check_fields(wire)
@@ -61,7 +89,7 @@ async def answer(
     http: HttpRequest, ask: Ask, prompts: list[tuple[int, ...]], renderer: Renderer, *, prompt_field: str
 ) -> Response:
     """Have the prompts continued; `prompt_field` is what the wire calls them."""
-    serving = serving_of(http)
+    serving, caller = serving_of(http), caller_of(http)
     requests = [
         Request(
             f"{renderer.id}-{number}",
@@ -69,19 +97,52 @@ async def answer(
             ask.sampling,
             ask.alignment,
             ask.num_choices,
+            tenant=caller.tenant.name,
+            priority=caller.tenant.priority,
             cache_salt=ask.cache_salt,
         )
         for number, prompt_ids in enumerate(prompts)
     ]
-    meter = Meter(serving.metrics, _aligner_label(ask), http.state.arrived_s)
     loaded = serving.loaded
-    generation = Generation(loaded.engine, loaded.tokenizer, requests, meter)
+    meter = Meter(serving.metrics, _aligner_label(ask), http.state.arrived_s)
+    account = _open_account(http, ask, prompts, renderer)
+    generation = Generation(
+        loaded.engine, loaded.tokenizer, requests, meter, account.close, keeps_text=account.keeps_text
+    )
     try:
         if ask.is_stream:
             return await _stream(generation, renderer, serving, ask)
         return await _whole(generation, renderer)
     except InvalidRequest as error:
         raise _in_wire_words(error, prompt_field) from None
+    finally:
+        if not generation.is_admitted:
+            account.reservation.cancel()
+
+
+def _open_account(http: HttpRequest, ask: Ask, prompts: list[tuple[int, ...]], renderer: Renderer) -> Account:
+    """Set aside what the request may need; raises what `Ledger.reserve` does."""
+    serving, caller = serving_of(http), caller_of(http)
+    loaded = serving.loaded
+    wanted = Wanted(
+        tuple(len(prompt_ids) for prompt_ids in prompts),
+        ask.num_choices,
+        ask.sampling.max_tokens,
+        loaded.engine.max_model_len,
+    )
+    with _refusals_counted(serving.metrics, caller):
+        reservation = caller.ledger.reserve(wanted)
+    return Account(
+        caller,
+        reservation,
+        serving.metrics,
+        serving.usage_log,
+        renderer.id,
+        ask.model,
+        _aligner_label(ask),
+        http.state.arrived_s,
+        lambda: tuple(loaded.tokenizer.decode(prompt_ids) for prompt_ids in prompts),
+    )
 
 
 async def _stream(generation: Generation, renderer: Renderer, serving: Serving, ask: Ask) -> ChunkStream:
