@@ -22,6 +22,7 @@ from ram_core.engine.engine import Engine
 from ram_core.engine.graphs import MAX_GRAPHS, EagerRecorder, Recording, StepGraphs, graph_shapes
 from ram_core.engine.layout import ModelUse, PackedStep, StepLayout, bucket, buckets
 from ram_core.engine.messages import Cancel, FailedEvent, Request, TokenEvent
+from ram_core.models import attention
 from ram_core.models.packing import TRASH_PAGE
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
 from ram_core.resampling import StepFeatures
@@ -102,8 +103,9 @@ class TracingRecorder:
 
 @pytest.fixture
 def in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are drawn as on a device, in tensor operations, of which a trace can be made."""
+    """Rows are read and drawn as on a device, in tensor operations, of which a trace can be made."""
     monkeypatch.setattr(runner, "draw_tokens", draw_with_tensors)
+    monkeypatch.setattr(attention, "can_attend", lambda query: False)
 
 
 @pytest.fixture
