@@ -95,7 +95,7 @@ class AlignerGroup:
         if isinstance(self.served, LoraStack):
             found[f"the base of {', '.join(self.names)}"] = self.model.weight_bytes
         num_free = self.served.num_slots - len(self.names)
-        return found | ({f"{num_free} free slots of {self.name}": num_free * own} if num_free else {})
+        return found | ({f"the free slots of {self.name}": num_free * own} if num_free else {})
 
     def stage(self, slot: int, weights: Mapping[str, Any]) -> None:
         """Begin to fill a free slot; running steps do not notice.

@@ -77,10 +77,6 @@ class ModelBank:
         """All groups, each once."""
         return tuple(dict.fromkeys(self.group_of.values()))
 
-    def model(self, name: str) -> PagedModel:
-        """The proposal, or the model that serves an aligner."""
-        return self.proposal if name == PROPOSAL else self.group_of[name].model
-
     def forward(
         self, name: str, batch: PackedBatch, pool: KvPool, slots: Int64[Tensor, " token"] | None
     ) -> Float[Tensor, "logit padded_vocab"]:

@@ -291,6 +291,18 @@ def test_models_that_say_something_else_together_take_a_forward_each(
     assert "standard deviations in one module" in caplog.text
 
 
+def test_the_plan_counts_every_slot_of_a_bank(config: EngineConfig) -> None:
+    loop = Engine.load(replace(config, aligner_bank=False)).bank
+    [polite, terse] = [group.model.weight_bytes for group in loop.groups]
+    engine = Engine.load(replace(config, aligner_slots=4))
+    [group] = engine.bank.groups
+    assert group.weight_bytes == {
+        "polite": polite,
+        "terse": terse,
+        "the free slots of aligners-polite": 2 * polite,
+    }
+
+
 # How weights change while the engine runs.
 
 

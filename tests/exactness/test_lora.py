@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.engine import Engine
@@ -185,6 +185,28 @@ def test_no_page_of_one_adapter_is_found_by_another(
     assert whole == len(prompt) + GREEDY.max_tokens - 1
     run_together(engine, [Request("c", prompt, GREEDY, aligned("all"))])
     assert counted.num_tokens - whole == whole - 28, "its own pages are found"
+
+
+@torch.inference_mode()
+def test_an_adapter_is_changed_while_the_others_are_served(base: Path, adapters: dict[str, Path]) -> None:
+    engine = Engine.load(make_config(base, adapters, aligner_slots=4))
+    [group] = engine.bank.groups
+    layers = load_lora(read_lora_config(str(adapters["odd"])), linear_shapes(plain(base)))
+    group.stage(3, layers)
+    left = group.flip("narrow", 3)
+    names = ("narrow", "all", "odd")
+    told = run_together(engine, [Request(name, PROMPTS[2], GREEDY, aligned(name)) for name in names])
+    drawn = {name: [event.token_id for event in told[name]] for name in names}
+    assert drawn["narrow"] == drawn["odd"] != drawn["all"]
+    group.free(left)
+    assert group.free_slots == (left,)
+    own, of_base = group.served.slot_bytes, group.model.weight_bytes
+    assert list(group.weight_bytes.values()) == [own, own, own, of_base, own]
+    assert of_base == sum(weight.nbytes for weight in plain(base).parameters())
+
+
+def plain(base: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
 
 
 def refusal(base: Path, adapter: Path) -> str:

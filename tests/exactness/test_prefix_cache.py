@@ -83,7 +83,7 @@ class CountedTokens:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, engine: Engine, name: str) -> None:
         self.num_tokens = 0
-        model = engine.bank.model(name)
+        model = engine.bank.proposal if name == "proposal" else engine.bank.group_of[name].model
         forward = model.forward
 
         def counted(batch: object, pool: object) -> torch.Tensor:
