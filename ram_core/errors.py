@@ -43,6 +43,10 @@ class EngineOutOfMemory(RamError):
     """The request did not fit into memory, and gave way for good; its neighbours go on."""
 
 
+class AlignerUnavailable(RamError):
+    """An aligner that is known could not be brought into memory: it failed, or no room was made in time."""
+
+
 class CheckpointError(RamError):
     """A model directory cannot be served: missing, broken, or of an unsupported kind."""
 

@@ -131,8 +131,8 @@ def read_lora_config(source: str) -> LoraConfig:
     )
 
 
-def load_lora(config: LoraConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, LoraLayer]:
-    """An adapter's layers by the names of the base's linear layers, whose [out, in] shapes are given.
+def check_lora(config: LoraConfig, shapes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """The layers of the base that an adapter changes, by the headers of its weights alone.
 
     Raises:
         CheckpointError: missing or broken weights, or some that fit no linear layer of the base.
@@ -141,11 +141,19 @@ def load_lora(config: LoraConfig, shapes: Mapping[str, tuple[int, int]]) -> dict
     if not path.is_file():
         raise CheckpointError(f"LoRA adapter `{config.source}` has no {WEIGHTS_FILE}")
     try:
-        headers = read_header(path)
-        modules = _checked_modules(config, headers, shapes)
+        return _checked_modules(config, read_header(path), shapes)
     except CheckpointError as error:
         raise CheckpointError(f"LoRA adapter `{config.source}`: {error}") from None
-    weights = load_file(path)
+
+
+def load_lora(config: LoraConfig, shapes: Mapping[str, tuple[int, int]]) -> dict[str, LoraLayer]:
+    """An adapter's layers by the names of the base's linear layers, whose [out, in] shapes are given.
+
+    Raises:
+        CheckpointError: missing or broken weights, or some that fit no linear layer of the base.
+    """
+    modules = check_lora(config, shapes)
+    weights = load_file(resolve_source(config.source, with_weights=True) / WEIGHTS_FILE)
     return {
         module: LoraLayer(
             weights[f"{_PREFIX}{module}.lora_A.weight"],

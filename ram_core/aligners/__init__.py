@@ -1,0 +1,1 @@
+"""Aligners from their directories to being served: manifests, verification, sources, and the registry."""

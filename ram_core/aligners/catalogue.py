@@ -1,0 +1,203 @@
+"""Aligners by name: their versions, which of them answers new requests, and what a name comes to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ram_core.aligners.manifest import Term, require_terms
+from ram_core.aligners.names import SELF, require_name, require_version
+from ram_core.aligners.shares import choose
+from ram_core.aligners.states import ResolvedTerm, State, Version, VersionKey
+from ram_core.errors import InvalidRequest, UnknownModel
+from ram_core.params import MAX_STRENGTH, AlignerTerm
+
+MAX_EARLIER = 8
+MAX_FOLLOWED = 128
+
+Shares = Mapping[str, float]
+"""Versions and their parts of new requests, which add up to 1."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """An aligner. `shares` is replaced as a whole, never edited; `earlier` has the last one last."""
+
+    name: str
+    versions: dict[str, Version] = field(default_factory=dict)
+    shares: Shares = field(default_factory=dict)
+    earlier: list[Shares] = field(default_factory=list)
+
+    def move_to(self, shares: Shares, *, is_step_back: bool = False) -> set[str]:
+        """Let other versions answer new requests; return those that no longer do."""
+        left = set(self.shares) - set(shares)
+        if shares == self.shares:
+            return left
+        if is_step_back:
+            self.earlier.pop()
+        elif self.shares:
+            self.earlier = [*self.earlier, self.shares][-MAX_EARLIER:]
+        self.shares = shares
+        return left
+
+    def known(self, version: str) -> Version:
+        """A version that can be promoted or loaded.
+
+        Raises:
+            UnknownModel: there is none.
+        """
+        found = self.versions.get(version)
+        if found is None or (found.is_withdrawn and (found.is_leaving or not found.is_loaded)):
+            raise UnknownModel(f"The aligner `{self.name}` has no version `{version}`.")
+        return found
+
+
+class Catalogue:
+    """All entries. Decides nothing about memory."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    def __iter__(self) -> Iterator[Version]:
+        for entry in self.entries.values():
+            yield from entry.versions.values()
+
+    def entry(self, name: str) -> Entry:
+        """The aligner of a name; raises `UnknownModel` if none has it."""
+        if name not in self.entries:
+            raise UnknownModel(f"There is no aligner `{name}`.")
+        return self.entries[name]
+
+    def find(self, key: VersionKey) -> Version | None:
+        """A version, also one that has been withdrawn but is still in memory; None if there is none."""
+        entry = self.entries.get(key.name)
+        return entry.versions.get(key.version) if entry else None
+
+    def version(self, key: VersionKey) -> Version:
+        """A version that is known to be there."""
+        return self.entries[key.name].versions[key.version]
+
+    def add(self, key: VersionKey, source: str, terms: tuple[Term, ...], strength: float) -> Version:
+        """Make a version known, or known anew; the first of an aligner answers its requests at once.
+
+        Raises:
+            InvalidRequest: a name, version, term or strength that cannot be.
+        """
+        try:
+            require_name(key.name)
+            require_version(key.version)
+            require_terms(key.name, terms)
+        except ValueError as error:
+            raise InvalidRequest(f"{error}.") from None
+        entry = self.entries.setdefault(key.name, Entry(key.name))
+        version = entry.versions.setdefault(key.version, Version(key, source))
+        if version.is_virtual or not (version.is_busy or version.is_loaded):
+            version.terms = terms
+            version.rest()
+            if version.is_virtual:
+                version.state = State.RESIDENT
+        elif version.terms != terms:
+            raise InvalidRequest(f"`{key}` is in memory with other terms; unload it, or add another version.")
+        version.source, version.strength, version.is_withdrawn = source, strength, False
+        if not entry.shares:
+            entry.shares = {key.version: 1.0}
+        return version
+
+    def forget(self, key: VersionKey) -> None:
+        """Drop a version that is not in memory, and its aligner if that has no other one."""
+        entry = self.entries[key.name]
+        del entry.versions[key.version]
+        entry.earlier = [shares for shares in entry.earlier if key.version not in shares]
+        if key.version in entry.shares:
+            rest = {version: share for version, share in entry.shares.items() if version != key.version}
+            entry.shares = normalised(rest) if rest else {}
+        if not entry.versions:
+            del self.entries[key.name]
+
+    def resolve(
+        self, terms: Iterable[AlignerTerm | str], sticky_key: str
+    ) -> tuple[tuple[VersionKey, ...], tuple[ResolvedTerm, ...]]:
+        """The version of each aligner that is named, and the models and exponents that they come to.
+
+        A name alone takes the version's own strength. Exponents of one model add up; what comes to 0 is
+        left out.
+
+        Raises:
+            UnknownModel: nobody answers to a name.
+            InvalidRequest: a preset that leads to itself, too many terms, or too large an exponent.
+        """
+        chosen: list[VersionKey] = []
+        sum_ = _Sum()
+        for term in terms:
+            name = term if isinstance(term, str) else term.aligner
+            version = self._choose(name, sticky_key)
+            chosen.append(version.key)
+            strength = version.strength if isinstance(term, str) else term.strength
+            self._expand(version, strength, sticky_key, (name,), sum_)
+        return tuple(chosen), sum_.resolved()
+
+    def _choose(self, name: str, sticky_key: str) -> Version:
+        entry = self.entry(name)
+        if not entry.shares:
+            raise UnknownModel(f"There is no aligner `{name}`.")
+        return entry.versions[choose(entry.shares, salt=name, key=sticky_key)]
+
+    def _expand(
+        self, version: Version, strength: float, sticky_key: str, path: tuple[str, ...], sum_: _Sum
+    ) -> None:
+        for term in version.terms:
+            exponent = strength * term.weight
+            if term.is_own:
+                sum_.add(version.key, "." if term.model == SELF else term.model, exponent)
+                continue
+            if term.model in path:
+                raise InvalidRequest(f"The aligner `{term.model}` is made of itself.", param="aligners")
+            sum_.count()
+            inner = self._choose(term.model, sticky_key)
+            self._expand(inner, exponent, sticky_key, (*path, term.model), sum_)
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Exponents by model, and how many terms were followed to get there."""
+
+    exponents: dict[tuple[VersionKey, str], float] = field(default_factory=dict)
+    num_terms: int = 0
+
+    def add(self, key: VersionKey, part: str, exponent: float) -> None:
+        self.count()
+        self.exponents[key, part] = self.exponents.get((key, part), 0.0) + exponent
+
+    def count(self) -> None:
+        self.num_terms += 1
+        if self.num_terms > MAX_FOLLOWED:
+            raise InvalidRequest(
+                f"The aligners come to more than {MAX_FOLLOWED} terms, presets counted.", param="aligners"
+            )
+
+    def resolved(self) -> tuple[ResolvedTerm, ...]:
+        for (key, _), exponent in self.exponents.items():
+            if not abs(exponent) <= MAX_STRENGTH:
+                raise InvalidRequest(
+                    f"`{key.name}` comes to the strength {exponent:g}, beyond ±{MAX_STRENGTH:g}.",
+                    param="aligners",
+                )
+        return tuple(ResolvedTerm(*model, exponent) for model, exponent in self.exponents.items() if exponent)
+
+
+def normalised(weights: Mapping[str, float]) -> Shares:
+    """Shares in proportion to weights.
+
+    Raises:
+        InvalidRequest: no version at all, or a weight that is not positive.
+    """
+    if not weights:
+        raise InvalidRequest("A promotion must name a version.", param="versions")
+    for version, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise InvalidRequest(
+                f"The weight of version `{version}` must be positive, got {weight!r}.", param="versions"
+            )
+    total = sum(weights.values())
+    return {version: weight / total for version, weight in weights.items()}

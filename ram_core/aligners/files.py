@@ -1,0 +1,191 @@
+"""The files of an aligner: which there are, what they hash to, and whether they are still the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from stat import S_ISREG
+
+from ram_core.aligners.names import MANIFEST_FILE, is_passed_over
+from ram_core.errors import CheckpointError
+
+MAX_FILES = 4096
+SHORT_DIGITS = 12
+
+_CHUNK_BYTES = 1 << 20
+# Pickles can run code when they are read, and Python's files are code.
+_REFUSED = {
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz"), "may be pickled"),
+    **dict.fromkeys((".py", ".pyc", ".so"), "is code"),
+}
+
+OnBytes = Callable[[int], None]
+"""Told how many more bytes were read."""
+OnProgress = Callable[[int, int], None]
+"""Told how many bytes of how many were read."""
+
+
+def list_files(directory: Path, root: Path | None = None) -> dict[str, Path]:
+    """Every regular file of an aligner by its relative path, in order; hidden and unfinished ones aside.
+
+    A link to a file counts as the file if it leads to one below `root`, by default the directory itself.
+
+    Raises:
+        CheckpointError: there is something else: a link that leads out or to a directory, a socket, a
+            pickle, code, or too many files. What is hidden or unfinished is not read, but judged as well.
+    """
+    limit = (root or directory).resolve()
+    found: dict[str, Path] = {}
+    num_seen = 0
+    for folder, folders, names in os.walk(directory, onerror=_raise):
+        folders.sort()
+        for name in sorted([*names, *folders]):
+            path = Path(folder, name)
+            is_file = _judge(path, limit)
+            num_seen += 1
+            relative = path.relative_to(directory)
+            if is_file and not any(is_passed_over(part) for part in relative.parts):
+                found[relative.as_posix()] = path
+        if num_seen > MAX_FILES:
+            raise CheckpointError(f"it has more than {MAX_FILES} files")
+    return dict(sorted(found.items()))
+
+
+def resolve_below(directory: Path, relative: str) -> Path:
+    """The path of `relative` below a directory.
+
+    Raises:
+        CheckpointError: it is not the plain way to something below it (absolute, `..`, a backslash).
+    """
+    pure = PurePosixPath(relative)
+    is_plain = str(pure) == relative.removeprefix("./") and "\\" not in relative and "\0" not in relative
+    if not is_plain or pure.is_absolute() or ".." in pure.parts or not pure.parts:
+        raise CheckpointError(f"{relative!r} is no path below the aligner's directory")
+    return directory / pure
+
+
+def sha256_of(path: Path, on_bytes: OnBytes | None = None) -> str:
+    """A file's SHA-256 in hexadecimal, read piece by piece."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_CHUNK_BYTES):
+            digest.update(piece)
+            if on_bytes is not None:
+                on_bytes(len(piece))
+    return digest.hexdigest()
+
+
+def hash_files(files: Mapping[str, Path], on_progress: OnProgress | None = None) -> dict[str, str]:
+    """SHA-256 of each file by its path, without the manifest's own.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    mine = {name: path for name, path in files.items() if name != MANIFEST_FILE}
+    hashes: dict[str, str] = {}
+    try:
+        num_total = sum(path.stat().st_size for path in mine.values())
+        num_done = 0
+
+        def count(num_bytes: int) -> None:
+            nonlocal num_done
+            num_done += num_bytes
+            if on_progress is not None:
+                on_progress(num_done, num_total)
+
+        for name, path in mine.items():
+            hashes[name] = sha256_of(path, count)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+    return hashes
+
+
+def content_version(hashes: Mapping[str, str]) -> str:
+    """A short name for what files hold: digits of a hash over all their paths and SHA-256."""
+    lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(hashes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()[:SHORT_DIGITS]
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What the file system says of a file's content without reading it.
+
+    The time of the last change of the file's entry is told too: it cannot be set back, as `mtime_ns` can.
+    """
+
+    num_bytes: int
+    mtime_ns: int
+    ctime_ns: int
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All files of a directory at one moment."""
+
+    directory: Path
+    root: Path
+    files: Mapping[str, FileState]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files together."""
+        return sum(state.num_bytes for state in self.files.values())
+
+    def require_unchanged(self) -> None:
+        """Look again, after loading for instance.
+
+        Raises:
+            CheckpointError: a file was added, removed, replaced or written to; says which.
+        """
+        now = take_snapshot(self.directory, self.root).files
+        for path in sorted({*now, *self.files}):
+            if now.get(path) != self.files.get(path):
+                verb = "appeared" if path not in self.files else "vanished" if path not in now else "changed"
+                raise CheckpointError(f"`{self.directory}`: {path} {verb} after it was verified")
+
+
+def take_snapshot(directory: Path, root: Path | None = None) -> Snapshot:
+    """The state of all files now; raises `CheckpointError` as `list_files` does, or if one vanishes."""
+    files = list_files(directory, root)
+    return Snapshot(directory, root or directory, {name: _state(path) for name, path in files.items()})
+
+
+def _judge(path: Path, limit: Path) -> bool:
+    """Whether it is a file, not a directory; raises `CheckpointError` if it is neither, or not ours."""
+    name = path.name
+    try:
+        target = path.resolve(strict=True)
+        mode = target.stat().st_mode
+    except (OSError, RuntimeError):
+        raise CheckpointError(f"{name} is a broken link, or is vanishing") from None
+    if path.is_symlink():
+        if not target.is_relative_to(limit):
+            raise CheckpointError(f"{name} is a link that leads out of {limit}")
+        if not S_ISREG(mode):
+            raise CheckpointError(f"{name} is a link to something else than a file")
+    if not S_ISREG(mode):
+        if target.is_dir():
+            return False
+        raise CheckpointError(f"{name} is neither a file nor a directory")
+    # A link must not give a harmless name to what is refused.
+    for each in (path, target):
+        if reason := _REFUSED.get(each.suffix.lower()):
+            raise CheckpointError(f"{name} {reason}, which an aligner must not bring; remove or convert it")
+    return True
+
+
+def _state(path: Path) -> FileState:
+    try:
+        stat = path.stat()
+    except OSError:
+        raise CheckpointError(f"{path.name} has vanished") from None
+    return FileState(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_dev, stat.st_ino)
+
+
+def _raise(error: OSError) -> None:
+    raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}")

@@ -1,0 +1,342 @@
+"""The registry: which versions are in memory, who waits for which, and what is to be done about it.
+
+It decides and does nothing: every method returns actions for an executor, in order, and is told outcomes.
+What is wanted are demands, in order of arrival: requests, promotions, and loads that an operator asked for. A
+version is verified and loaded while a demand needs it, at most `max_jobs` at once. Where memory is short, the
+least recently used version goes that nobody uses, that is not pinned, and that neither this demand nor an
+earlier one needs; so the oldest demand always gets on. One that fits at once need not wait for a larger one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from ram_core.aligners.catalogue import Catalogue, Entry, Shares, normalised
+from ram_core.aligners.demands import Asking, Demand, Demands, Loading, Moving, free, leave
+from ram_core.aligners.manifest import OWN_TERMS, Term
+from ram_core.aligners.states import (
+    Action,
+    AlignerStatus,
+    State,
+    Version,
+    VersionKey,
+    VersionStatus,
+)
+from ram_core.errors import AlignerUnavailable, InvalidRequest, QueueFull, UnknownModel
+from ram_core.params import AlignerTerm
+
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryLimits:
+    """`memory_bytes` for weights; `max_jobs` verified or loaded at once; `max_waiting` requests that wait.
+
+    A request for a version that failed less than `retry_failed_s` ago is refused at once.
+    """
+
+    memory_bytes: int
+    max_jobs: int = 1
+    max_waiting: int = 256
+    retry_failed_s: float = 30.0
+
+
+class AlignerRegistry:
+    """All aligners, by name and version. For one thread; `clock` gives seconds that only grow."""
+
+    def __init__(self, limits: RegistryLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits = limits
+        self._clock = clock
+        self._catalogue = Catalogue()
+        self._demands = Demands(
+            self._catalogue, memory_bytes=limits.memory_bytes, max_jobs=limits.max_jobs, clock=clock
+        )
+
+    # What is known.
+
+    def add(
+        self,
+        name: str,
+        version: str,
+        source: str,
+        *,
+        terms: tuple[Term, ...] = OWN_TERMS,
+        strength: float = 1.0,
+    ) -> list[Action]:
+        """Make a version known, or known anew after its files have changed; loads nothing.
+
+        The first version of a name answers its requests at once; later ones wait for a promotion. A preset
+        is a version all of whose terms name other aligners.
+
+        Raises:
+            InvalidRequest: a name, version, term or strength that cannot be, or other terms than in memory.
+        """
+        self._catalogue.add(VersionKey(name, version), source, terms, strength)
+        return self._demands.settle()
+
+    def withdraw(self, name: str, version: str) -> list[Action]:
+        """Its files are gone: it is forgotten, but not before it leaves memory by itself."""
+        found = self._catalogue.entry(name).known(version)
+        found.is_withdrawn = True
+        return self._demands.settle()
+
+    def remove(self, name: str) -> list[Action]:
+        """Forget an aligner: new requests do not find it, running ones finish, waiting ones are refused."""
+        entry = self._catalogue.entry(name)
+        reason = f"There is no aligner `{name}` any more."
+        actions = self._demands.drop_move(name, reason)
+        actions += self._demands.refuse_requests(name, UnknownModel(reason))
+        entry.shares, entry.earlier = {}, []
+        for version in entry.versions.values():
+            version.is_withdrawn = True
+            self._let_go(version)
+        return actions + self._demands.settle()
+
+    # What operators ask for.
+
+    def load(self, name: str, version: str | None = None, *, is_pinned: bool = False) -> list[Action]:
+        """Bring a version, or those that answer new requests, into memory; `is_pinned` keeps them there."""
+        for found in self._asked(name, version):
+            found.is_pinned = found.is_pinned or is_pinned
+            self._want(found)
+        return self._demands.settle()
+
+    def unload(self, name: str, version: str | None = None) -> list[Action]:
+        """Free a version, or all of a name, once nobody uses it.
+
+        A request that comes before then keeps it, one that comes after loads it again.
+        """
+        entry = self._catalogue.entry(name)
+        for found in [entry.known(version)] if version else list(entry.versions.values()):
+            self._let_go(found)
+        return self._demands.settle()
+
+    def unpin(self, name: str, version: str | None = None) -> list[Action]:
+        """Let a version, or all of a name, be evicted again."""
+        entry = self._catalogue.entry(name)
+        for found in [entry.known(version)] if version else list(entry.versions.values()):
+            found.is_pinned = False
+        return self._demands.settle()
+
+    def promote(self, name: str, weights: str | Mapping[str, float]) -> list[Action]:
+        """Let a version, or several by weight, answer all new requests, as soon as they are all in memory.
+
+        It takes the place of a promotion that still waits. If one of them cannot be loaded, nothing changes.
+
+        Raises:
+            UnknownModel, InvalidRequest: no such aligner or version, or a weight that is not positive.
+        """
+        shares = normalised({weights: 1.0} if isinstance(weights, str) else weights)
+        return self._move(self._catalogue.entry(name), shares, is_step_back=False)
+
+    def rollback(self, name: str) -> list[Action]:
+        """Take the last promotion back: the one that still waits, or else the one that was made last.
+
+        Raises:
+            UnknownModel, InvalidRequest: no such aligner, or nothing to take back.
+        """
+        entry = self._catalogue.entry(name)
+        if taken_back := self._demands.drop_move(name, f"The promotion of `{name}` was taken back."):
+            return taken_back + self._demands.settle()
+        if not entry.earlier:
+            raise InvalidRequest(f"`{name}` has no promotion that could be taken back.")
+        return self._move(entry, entry.earlier[-1], is_step_back=True)
+
+    # What requests ask for.
+
+    def acquire(
+        self,
+        request_id: str,
+        terms: Iterable[AlignerTerm | str],
+        *,
+        sticky_key: str,
+        max_wait_s: float,
+    ) -> list[Action]:
+        """Choose versions for a request, and `Grant` or `Refuse` it, now or after later events.
+
+        Requests of one `sticky_key` (a user, a tenant) get the same versions while shares stay the same.
+
+        Raises:
+            UnknownModel, InvalidRequest: a name that nobody answers to, or a senseless sum of presets.
+            AlignerUnavailable: a version has failed a moment ago.
+            QueueFull: too many requests wait already.
+        """
+        assert request_id not in self._demands.leases
+        chosen, resolved = self._catalogue.resolve(terms, sticky_key)
+        keys = frozenset(term.key for term in resolved)
+        if not all(self._catalogue.version(key).is_loaded for key in keys):
+            self._require_hope(keys)
+            num_waiting = sum(isinstance(demand.what, Asking) for demand in self._demands)
+            if num_waiting >= self.limits.max_waiting:
+                raise QueueFull(
+                    f"{num_waiting} requests wait for aligners already.", retry_after_s=_RETRY_AFTER_S
+                )
+        asking = Asking(request_id, chosen, resolved)
+        self._demands.add(Demand(asking, keys, self._clock() + max_wait_s))
+        return self._demands.settle()
+
+    def release(self, request_id: str) -> list[Action]:
+        """A request has ended, or does not want to wait any longer."""
+        self._demands.drop_request(request_id)
+        for key in self._demands.leases.pop(request_id, ()):
+            version = self._catalogue.version(key)
+            version.num_references -= 1
+            version.last_used_s = self._clock()
+        return self._demands.settle()
+
+    def tick(self) -> list[Action]:
+        """Time has passed: refuse whoever waited too long."""
+        return self._demands.settle()
+
+    # What the executor tells.
+
+    def progressed(self, key: VersionKey, fraction: float) -> None:
+        """How far the verification or the load is, from 0 to 1."""
+        self._catalogue.version(key).progress = fraction
+
+    def verified(self, key: VersionKey, need_bytes: int) -> list[Action]:
+        """A version is sound, and will need so much memory at most."""
+        version = self._catalogue.version(key)
+        assert version.state is State.VERIFYING
+        version.state, version.progress, version.need_bytes = State.LOADING, 0.0, need_bytes
+        if need_bytes > self.limits.memory_bytes:
+            reason = f"it needs {need_bytes} bytes, and all aligners together have {self.limits.memory_bytes}"
+            version.fail(reason, self._clock())
+        return self._demands.settle()
+
+    def loaded(self, key: VersionKey, num_bytes: int, device: str) -> list[Action]:
+        """A version is in memory. One that took more than it was promised, and too much, is freed again."""
+        version = self._catalogue.version(key)
+        assert version.is_started
+        excess = num_bytes - version.held_bytes
+        version.state, version.is_started, version.was_resident = State.RESIDENT, False, True
+        version.progress, version.device, version.last_used_s = 1.0, device, self._clock()
+        version.held_bytes = version.need_bytes = num_bytes
+        if excess > 0 and self.held_bytes > self.limits.memory_bytes:
+            version.reason = f"it took {num_bytes} bytes, {excess} more than it had said"
+            return [free(version), *self._demands.settle()]
+        return self._demands.settle()
+
+    def failed(self, key: VersionKey, reason: str) -> list[Action]:
+        """A version could not be verified or loaded, and holds no memory; whoever waits for it is refused."""
+        version = self._catalogue.version(key)
+        assert version.state is State.VERIFYING or version.is_started
+        version.fail(reason, self._clock())
+        return self._demands.settle()
+
+    def freed(self, key: VersionKey) -> list[Action]:
+        """A version's memory has been given back."""
+        version = self._catalogue.version(key)
+        assert version.is_freeing
+        if version.reason:
+            version.fail(version.reason, self._clock())
+        else:
+            version.rest()
+        return self._demands.settle()
+
+    def lost(self) -> list[Action]:
+        """The executor's memory is gone, its jobs with it: load again what was there, the last used first.
+
+        Running requests have ended. Outcomes of jobs from before must not be told any more.
+        """
+        self._demands.leases.clear()
+        versions = [version for version in self._catalogue if not version.is_virtual]
+        for version in sorted(versions, key=lambda each: -each.last_used_s):
+            was_there = (version.is_loaded and not version.is_leaving) or version.is_pinned
+            if version.state is not State.FAILED:
+                version.rest()
+            version.num_references = 0
+            if was_there and not version.is_withdrawn:
+                self._want(version)
+        return self._demands.settle()
+
+    # What can be seen.
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory that versions hold, or have been promised."""
+        return sum(version.held_bytes for version in self._catalogue)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        """When `tick` has something to do, at the latest, by the clock."""
+        deadlines = [each.deadline_s for each in self._demands if each.deadline_s is not None]
+        return min(deadlines, default=None)
+
+    def status(self) -> tuple[AlignerStatus, ...]:
+        """All aligners, by name."""
+        entries = self._catalogue.entries
+        return tuple(self._status_of(entries[name]) for name in sorted(entries))
+
+    def _status_of(self, entry: Entry) -> AlignerStatus:
+        moving = self._demands.move_of(entry.name)
+        wanted = {key for demand in self._demands for key in demand.keys}
+        return AlignerStatus(
+            name=entry.name,
+            shares=entry.shares,
+            next_shares=moving.shares if moving else None,
+            earlier_shares=tuple(entry.earlier),
+            versions=tuple(
+                self._status_of_version(version, is_wanted=version.key in wanted)
+                for _, version in sorted(entry.versions.items())
+            ),
+        )
+
+    def _status_of_version(self, version: Version, *, is_wanted: bool) -> VersionStatus:
+        waits_for = ""
+        if is_wanted and not (version.is_busy or version.is_loaded):
+            has_turn = self._demands.num_jobs < self.limits.max_jobs
+            waits_for = "memory" if version.is_queued and has_turn else "turn"
+        return VersionStatus(
+            key=version.key,
+            source=version.source,
+            state=version.state,
+            reason=version.reason,
+            waits_for=waits_for,
+            progress=version.progress,
+            num_bytes=version.held_bytes or version.need_bytes,
+            device=version.device,
+            num_references=version.num_references,
+            last_used_s=version.last_used_s,
+            is_pinned=version.is_pinned,
+            is_preset=version.is_virtual,
+        )
+
+    # How it is done.
+
+    def _asked(self, name: str, version: str | None) -> list[Version]:
+        """The version that an operator means, or those that answer new requests."""
+        entry = self._catalogue.entry(name)
+        return [entry.known(each) for each in ([version] if version else entry.shares)]
+
+    def _want(self, version: Version) -> None:
+        """Bring a version into memory, for nobody in particular; whatever made it fail gets a new chance."""
+        if version.state is State.FAILED:
+            version.rest()
+        self._demands.add(Demand(Loading(version.key), frozenset({version.key})))
+
+    def _let_go(self, version: Version) -> None:
+        version.is_pinned = False
+        self._demands.drop_load(version.key)
+        leave(version)
+
+    def _move(self, entry: Entry, shares: Shares, *, is_step_back: bool) -> list[Action]:
+        versions = [entry.known(version) for version in shares]
+        actions = self._demands.drop_move(entry.name, f"Another promotion of `{entry.name}` came after it.")
+        for version in versions:
+            if version.state is State.FAILED:
+                version.rest()
+        keys = frozenset(version.key for version in versions)
+        self._demands.add(Demand(Moving(entry.name, shares, is_step_back), keys))
+        return actions + self._demands.settle()
+
+    def _require_hope(self, keys: Iterable[VersionKey]) -> None:
+        """Refuse a request for what has just failed; later it may get another chance."""
+        for key in keys:
+            version = self._catalogue.version(key)
+            if version.state is State.FAILED:
+                if self._clock() - version.failed_at_s < self.limits.retry_failed_s:
+                    raise AlignerUnavailable(f"The aligner `{key}` could not be loaded: {version.reason}.")
+                version.rest()

@@ -1,0 +1,238 @@
+"""Whether an aligner's directory can be served, from its files to its vocabulary, before it is loaded.
+
+Nothing that it brings is run, and no weights are read but to be hashed. Between this and loading anything may
+happen to the files: `VerificationReport.snapshot` is to be compared once more when they are loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ram_core.aligners.files import (
+    OnProgress,
+    Snapshot,
+    content_version,
+    hash_files,
+    list_files,
+    resolve_below,
+    take_snapshot,
+)
+from ram_core.aligners.manifest import Manifest, default_manifest, read_manifest
+from ram_core.aligners.names import MANIFEST_FILE
+from ram_core.aligners.report import CheckLog, VerificationReport
+from ram_core.errors import CheckpointError, VocabularyMismatch
+from ram_core.models.loading import build_skeleton, check_weights, load_config, unsupported_reason
+from ram_core.models.lora import WEIGHTS_FILE, LoraConfig, check_lora, is_adapter, read_lora_config
+from ram_core.models.lora_stack import linear_shapes
+from ram_core.models.vocabulary import (
+    check_same_vocabulary,
+    fingerprint,
+    load_tokenizer,
+    shared_vocabulary_size,
+    vocabulary_size,
+)
+from ram_core.models.weight_files import read_header
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+def verify(
+    directory: Path,
+    *,
+    root: Path | None = None,
+    default: Manifest | None = None,
+    proposal: PreTrainedTokenizerBase | None = None,
+    num_proposal_rows: int = 0,
+    on_progress: OnProgress | None = None,
+) -> VerificationReport:
+    """Look at everything that is known without loading the weights; what fails becomes part of the report.
+
+    Args:
+        directory: an aligner's.
+        root: where links may lead to and a LoRA adapter's base may be; by default links stay inside, and
+            the base may be anywhere.
+        default: what holds if it has no manifest; None takes its name and a hash of all its files.
+        proposal: the tokenizer that it must follow; None leaves that open.
+        num_proposal_rows: how many logits a token has in the proposal; 0 takes its tokenizer's size.
+        on_progress: told how far the hashing of the files is.
+    """
+    verifier = _Verifier(directory, root, on_progress)
+    verifier.look_at_files(default)
+    if verifier.snapshot is not None and verifier.manifest is not None:
+        verifier.compare_hashes(verifier.manifest, verifier.snapshot)
+        for part in verifier.manifest.parts:
+            verifier.look_at_model(part)
+        verifier.look_at_vocabulary(verifier.manifest, proposal, num_proposal_rows)
+    return verifier.report()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A directory with a model, or with a LoRA adapter; `model` is where its config is, if on this disk."""
+
+    directory: Path
+    adapter: LoraConfig | None
+    model: Path | None
+
+
+class _Verifier:
+    """The state of one verification."""
+
+    def __init__(self, directory: Path, root: Path | None, on_progress: OnProgress | None) -> None:
+        self.directory = directory
+        self.root = root
+        self.on_progress = on_progress
+        self.log = CheckLog()
+        self.snapshot: Snapshot | None = None
+        self.manifest: Manifest | None = None
+        self.has_manifest = False
+        self.fingerprint = ""
+        self.configs: dict[str, PreTrainedConfig] = {}
+        self.tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+
+    def report(self) -> VerificationReport:
+        return VerificationReport(
+            self.directory,
+            self.has_manifest,
+            self.manifest,
+            self.snapshot,
+            self.fingerprint,
+            tuple(self.log.checks),
+        )
+
+    def look_at_files(self, default: Manifest | None) -> None:
+        """Which files there are, and what the manifest says; nothing else is read if either is bad."""
+        with self.log.check("files", "") as words:
+            if not self.directory.is_dir():
+                raise CheckpointError(f"`{self.directory}`: no such directory")
+            self.snapshot = take_snapshot(self.directory, self.root)
+            words.append(f"{len(self.snapshot.files)} files, {self.snapshot.num_bytes:,} bytes")
+        if self.log.has_failed:
+            self.log.skip("manifest", "not read")
+            return
+        with self.log.check("manifest", "none; defaults hold") as words:
+            manifest = read_manifest(self.directory)
+            self.has_manifest = manifest is not None
+            self.manifest = manifest or default or self._default_manifest()
+            if self.has_manifest:
+                words.append(f"{self.manifest.name} {self.manifest.version}")
+
+    def _default_manifest(self) -> Manifest:
+        hashes = hash_files(list_files(self.directory, self.root), self.on_progress)
+        return default_manifest(self.directory.resolve().name, content_version(hashes))
+
+    def compare_hashes(self, manifest: Manifest, snapshot: Snapshot) -> None:
+        """Compare every file with what the manifest says of it."""
+        if not manifest.files:
+            self.log.skip("hashes", "no manifest lists files")
+            return
+        with self.log.check("hashes", f"{len(manifest.files)} files are what the manifest says"):
+            present = {path: state.num_bytes for path, state in snapshot.files.items()}
+            present.pop(MANIFEST_FILE, None)
+            _require_listed(manifest, present)
+            found = hash_files(list_files(self.directory, self.root), self.on_progress)
+            wrong = [path for path, record in manifest.files.items() if found.get(path) != record.sha256]
+            if wrong:
+                raise CheckpointError(f"`{wrong[0]}` is not what the manifest's SHA-256 says{_more(wrong)}")
+
+    def look_at_model(self, name: str) -> None:
+        """Config, weights and tokenizer of one directory with a model."""
+        suffix = "" if name == "." else f" of {name}"
+        part: _Part | None = None
+        with self.log.check(f"config{suffix}", "") as words:
+            part = self._part(name)
+            if part.model is not None:
+                words.append(self._read_config(name, part.model))
+            elif part.adapter is not None:
+                words.append(f"a LoRA adapter of {part.adapter.base}, which is not on this disk")
+        if part is None or self.log.has_failed:
+            self.log.skip(f"weights{suffix}", "its config is not fit to be compared")
+            return
+        with self.log.check(f"weights{suffix}", "all have the shapes that the config gives") as words:
+            self._check_weights(name, part, words)
+        with self.log.check(f"tokenizer{suffix}", "none of its own") as words:
+            self._read_tokenizer(name, part, words)
+
+    def _part(self, name: str) -> _Part:
+        directory = self.directory if name == "." else resolve_below(self.directory, name)
+        if not directory.is_dir():
+            raise CheckpointError(f"`{name}`: no such directory below the aligner's")
+        if not is_adapter(str(directory)):
+            return _Part(directory, None, directory)
+        adapter = read_lora_config(str(directory))
+        base = Path(adapter.base).expanduser()
+        if self.root is not None and base.exists() and not base.resolve().is_relative_to(self.root.resolve()):
+            raise CheckpointError(f"its base `{adapter.base}` is outside of `{self.root}`")
+        # What the hub has is not downloaded for a look.
+        return _Part(directory, adapter, base if base.is_dir() else None)
+
+    def _read_config(self, name: str, model: Path) -> str:
+        config = load_config(str(model))
+        if reason := unsupported_reason(config):
+            raise CheckpointError(reason)
+        self.configs[name] = config
+        return str(next(iter(config.architectures or ()), config.model_type))
+
+    def _check_weights(self, name: str, part: _Part, words: list[str]) -> None:
+        if part.adapter is None:
+            check_weights(str(part.directory), self.configs[name])
+        elif part.model is not None:
+            check_lora(part.adapter, linear_shapes(build_skeleton(self.configs[name])))
+        elif (part.directory / WEIGHTS_FILE).is_file():
+            read_header(part.directory / WEIGHTS_FILE)
+            words.append("whole; not compared, as the base is not on this disk")
+        else:
+            raise CheckpointError(f"it has no {WEIGHTS_FILE}")
+
+    def _read_tokenizer(self, name: str, part: _Part, words: list[str]) -> None:
+        source = str(part.directory) if part.adapter is None else part.adapter.tokenizer_source
+        if not Path(source).expanduser().is_dir():
+            return
+        tokenizer = self.tokenizers[name] = load_tokenizer(source)
+        own = fingerprint(tokenizer)
+        words.append(f"{vocabulary_size(tokenizer):,} tokens, fingerprint {own[:12]}")
+        if self.fingerprint and own != self.fingerprint:
+            raise VocabularyMismatch(f"`{name}` has another tokenizer than the aligner's other models")
+        self.fingerprint = own
+
+    def look_at_vocabulary(
+        self, manifest: Manifest, proposal: PreTrainedTokenizerBase | None, num_rows: int
+    ) -> None:
+        """The manifest's fingerprint, the aligner's own tokenizers and the proposal's must be one."""
+        if proposal is None and not (manifest.tokenizer and self.fingerprint):
+            self.log.skip("vocabulary", "nothing to compare it with")
+            return
+        with self.log.check("vocabulary", "the same everywhere"):
+            if self.fingerprint and manifest.tokenizer not in ("", self.fingerprint):
+                raise VocabularyMismatch("its tokenizer is not the one whose fingerprint the manifest gives")
+            if proposal is None:
+                return
+            if manifest.tokenizer not in ("", fingerprint(proposal)):
+                raise VocabularyMismatch("the manifest is for a proposal with another tokenizer")
+            for tokenizer in self.tokenizers.values():
+                check_same_vocabulary(proposal, tokenizer, aligner_name=manifest.name)
+            rows = {
+                f"{manifest.name} {part}".removesuffix(" ."): config.get_text_config().vocab_size
+                for part, config in self.configs.items()
+            }
+            shared_vocabulary_size(proposal, num_rows or vocabulary_size(proposal), rows)
+
+
+def _require_listed(manifest: Manifest, present: Mapping[str, int]) -> None:
+    missing = sorted(manifest.files.keys() - present.keys())
+    if missing:
+        raise CheckpointError(f"`{missing[0]}` of the manifest is missing{_more(missing)}")
+    unlisted = sorted(present.keys() - manifest.files.keys())
+    if unlisted:
+        raise CheckpointError(f"`{unlisted[0]}` is not in the manifest{_more(unlisted)}")
+    for path, record in manifest.files.items():
+        if present[path] != record.bytes:
+            raise CheckpointError(f"`{path}` has {present[path]} bytes, the manifest says {record.bytes}")
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""

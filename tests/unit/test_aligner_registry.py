@@ -1,0 +1,771 @@
+"""The registry decides rightly: step by step, and whatever comes in whatever order."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from ram_core.aligners.manifest import Term
+from ram_core.aligners.registry import AlignerRegistry, RegistryLimits
+from ram_core.aligners.shares import choose
+from ram_core.aligners.states import (
+    Action,
+    Free,
+    Grant,
+    Promoted,
+    PromotionFailed,
+    Refuse,
+    StartLoad,
+    StartVerify,
+    State,
+    VersionKey,
+    VersionStatus,
+)
+from ram_core.errors import AlignerUnavailable, InvalidRequest, QueueFull, RamError, UnknownModel
+from ram_core.params import AlignerTerm
+
+BUDGET = 10
+
+
+class Executor:
+    """A registry, and what it asked for: jobs by version, memory that is really held, answers that came."""
+
+    def __init__(self, memory_bytes: int = BUDGET, **limits: float) -> None:
+        self.now_s = 0.0
+        self.registry = AlignerRegistry(
+            RegistryLimits(memory_bytes=memory_bytes, **limits), clock=lambda: self.now_s
+        )
+        self.sizes: dict[VersionKey, int] = {}
+        self.jobs: dict[VersionKey, str] = {}
+        self.held: Counter[VersionKey] = Counter()
+        self.log: list[Action] = []
+        self.answers: dict[str, Grant | RamError] = {}
+
+    def add(self, name: str, version: str, size: int = 1, **options: object) -> VersionKey:
+        key = VersionKey(name, version)
+        self.sizes[key] = size
+        self.take(self.registry.add(name, version, f"/{name}/{version}", **options))
+        return key
+
+    def take(self, actions: Iterable[Action]) -> list[Action]:
+        """Begin with whatever was asked for."""
+        actions = list(actions)
+        self.log += actions
+        for action in actions:
+            match action:
+                case StartVerify(key):
+                    assert key not in self.jobs
+                    self.jobs[key] = "verify"
+                case StartLoad(key, _, num_bytes):
+                    assert key not in self.jobs
+                    assert num_bytes == self.sizes[key]
+                    self.jobs[key] = "load"
+                    self.held[key] = num_bytes
+                case Free(key):
+                    assert key not in self.jobs
+                    self.jobs[key] = "free"
+                case Grant(request_id):
+                    assert request_id not in self.answers
+                    self.answers[request_id] = action
+                case Refuse(request_id, error):
+                    assert request_id not in self.answers
+                    self.answers[request_id] = error
+        return actions
+
+    def finish(self, key: VersionKey) -> list[Action]:
+        """Let the job on a version succeed."""
+        kind = self.jobs.pop(key)
+        if kind == "verify":
+            return self.take(self.registry.verified(key, self.sizes[key]))
+        if kind == "load":
+            return self.take(self.registry.loaded(key, self.sizes[key], "cpu"))
+        del self.held[key]
+        return self.take(self.registry.freed(key))
+
+    def fail(self, key: VersionKey, reason: str = "broken") -> list[Action]:
+        assert self.jobs.pop(key) != "free"
+        self.held.pop(key, None)
+        return self.take(self.registry.failed(key, reason))
+
+    def finish_all(self) -> None:
+        while self.jobs:
+            self.finish(next(iter(self.jobs)))
+
+    def acquire(
+        self, request_id: str, *terms: str | AlignerTerm, key: str = "", wait_s: float = 60
+    ) -> Grant | RamError | None:
+        """What the request has been answered so far."""
+        self.take(self.registry.acquire(request_id, terms, sticky_key=key, max_wait_s=wait_s))
+        return self.answers.get(request_id)
+
+    def version_of(self, request_id: str) -> str:
+        answer = self.answers[request_id]
+        assert isinstance(answer, Grant)
+        return answer.chosen[0].version
+
+    def status(self, key: VersionKey) -> VersionStatus:
+        every = (version for aligner in self.registry.status() for version in aligner.versions)
+        return next(version for version in every if version.key == key)
+
+    def state(self, key: VersionKey) -> State:
+        return self.status(key).state
+
+
+@pytest.fixture
+def executor() -> Executor:
+    return Executor()
+
+
+def polite(executor: Executor) -> tuple[VersionKey, VersionKey]:
+    """An aligner whose first version is in memory and answers, and a second one that is known."""
+    v1, v2 = executor.add("polite", "v1", 4), executor.add("polite", "v2", 4)
+    executor.take(executor.registry.load("polite"))
+    executor.finish_all()
+    return v1, v2
+
+
+def test_a_request_waits_through_every_state_and_then_goes_on(executor):
+    key = executor.add("polite", "v1", 4)
+    assert executor.state(key) is State.ABSENT
+    assert executor.acquire("r", "polite") is None
+    assert executor.state(key) is State.VERIFYING
+    executor.registry.progressed(key, 0.5)
+    assert executor.status(key).progress == 0.5
+    executor.finish(key)
+    assert executor.state(key) is State.LOADING
+    assert executor.registry.held_bytes == 4
+    executor.finish(key)
+    assert executor.version_of("r") == "v1"
+    seen = executor.status(key)
+    assert (seen.state, seen.num_references, seen.device, seen.num_bytes) == (State.RESIDENT, 1, "cpu", 4)
+    executor.take(executor.registry.release("r"))
+    assert executor.status(key).num_references == 0
+
+
+def test_a_promotion_turns_new_requests_at_once_and_the_old_version_ends_with_its_last_request(executor):
+    v1, v2 = polite(executor)
+    executor.acquire("old", "polite")
+    executor.take(executor.registry.promote("polite", "v2"))
+    assert executor.registry.status()[0].next_shares == {"v2": 1.0}
+    assert isinstance(executor.acquire("between", "polite"), Grant)
+    assert executor.version_of("between") == "v1"
+    executor.finish_all()
+    assert Promoted("polite", {"v2": 1.0}) in executor.log
+    executor.acquire("new", "polite")
+    assert executor.version_of("new") == "v2"
+    assert executor.state(v1) is State.DRAINING
+    executor.take(executor.registry.release("old"))
+    assert v1 not in executor.jobs
+    executor.take(executor.registry.release("between"))
+    assert executor.jobs == {v1: "free"}
+    executor.finish(v1)
+    assert (executor.state(v1), executor.state(v2)) == (State.EVICTED, State.RESIDENT)
+
+
+def test_a_failed_promotion_changes_nothing(executor):
+    _, v2 = polite(executor)
+    executor.take(executor.registry.promote("polite", "v2"))
+    executor.finish(v2)
+    (told,) = executor.fail(v2, "cut off")
+    assert isinstance(told, PromotionFailed)
+    assert "cut off" in str(told.error)
+    assert (executor.state(v2), executor.status(v2).reason) == (State.FAILED, "cut off")
+    assert executor.registry.status()[0].shares == {"v1": 1.0}
+    assert executor.registry.status()[0].next_shares is None
+    executor.acquire("r", "polite")
+    assert executor.version_of("r") == "v1"
+    assert executor.registry.held_bytes == 4
+    executor.take(executor.registry.promote("polite", "v2"))
+    assert executor.jobs == {v2: "verify"}, "who asks by hand is not kept waiting"
+
+
+def test_a_canary_flips_only_when_all_its_versions_are_there(executor):
+    _, v2 = polite(executor)
+    executor.take(executor.registry.promote("polite", {"v2": 1, "v1": 9}))
+    assert executor.registry.status()[0].shares == {"v1": 1.0}
+    executor.finish(v2)
+    executor.finish(v2)
+    assert executor.registry.status()[0].shares == {"v2": 0.1, "v1": 0.9}
+    for number in range(200):
+        executor.acquire(f"{number}", "polite", key=f"user {number}")
+        executor.acquire(f"again {number}", "polite", key=f"user {number}")
+        assert executor.version_of(f"{number}") == executor.version_of(f"again {number}")
+    seen = Counter(executor.version_of(str(number)) for number in range(200))
+    assert 5 <= seen["v2"] <= 38
+
+
+def test_a_rollback_takes_back_what_waits_or_else_what_was_made(executor):
+    v1, v2 = polite(executor)
+    with pytest.raises(InvalidRequest, match="no promotion"):
+        executor.registry.rollback("polite")
+    executor.take(executor.registry.promote("polite", "v2"))
+    assert isinstance(executor.take(executor.registry.rollback("polite"))[0], PromotionFailed)
+    executor.finish_all()
+    assert executor.registry.status()[0].shares == {"v1": 1.0}
+    executor.take(executor.registry.promote("polite", "v2"))
+    executor.finish_all()
+    assert executor.state(v1) is State.EVICTED
+    assert executor.registry.status()[0].earlier_shares == ({"v1": 1.0},)
+    executor.take(executor.registry.rollback("polite"))
+    assert executor.registry.status()[0].shares == {"v2": 1.0}, "not before v1 is there"
+    executor.finish_all()
+    assert executor.registry.status()[0].shares == {"v1": 1.0}
+    assert executor.registry.status()[0].earlier_shares == ()
+    assert executor.state(v2) is State.EVICTED
+
+
+def test_going_back_to_a_version_that_still_drains_revives_it(executor):
+    v1, _ = polite(executor)
+    executor.acquire("old", "polite")
+    executor.take(executor.registry.promote("polite", "v2"))
+    executor.finish_all()
+    assert executor.state(v1) is State.DRAINING
+    executor.take(executor.registry.rollback("polite"))
+    assert executor.state(v1) is State.RESIDENT
+    assert v1 not in executor.jobs
+
+
+def test_a_later_promotion_takes_the_place_of_one_that_waits(executor):
+    polite(executor)
+    v3 = executor.add("polite", "v3", 1)
+    executor.take(executor.registry.promote("polite", "v2"))
+    told = executor.take(executor.registry.promote("polite", "v3"))
+    assert isinstance(told[0], PromotionFailed)
+    executor.finish_all()
+    assert executor.registry.status()[0].shares == {"v3": 1.0}
+    assert executor.state(v3) is State.RESIDENT
+
+
+def load_all(executor: Executor, *names: str, size: int = 4) -> list[VersionKey]:
+    keys = [executor.add(name, "1", size) for name in names]
+    for key in keys:
+        executor.now_s += 1
+        executor.take(executor.registry.load(key.name))
+        executor.finish_all()
+    return keys
+
+
+def test_the_least_recently_used_goes_first(executor):
+    a, b = load_all(executor, "a", "b")
+    executor.now_s += 1
+    executor.acquire("r", "a")
+    executor.take(executor.registry.release("r"))
+    executor.add("c", "1", 5)
+    executor.acquire("s", "c")
+    executor.finish(VersionKey("c", "1"))
+    assert executor.jobs == {b: "free"}
+    assert executor.status(VersionKey("c", "1")).waits_for == "memory"
+    executor.finish_all()
+    assert isinstance(executor.answers["s"], Grant)
+    assert (executor.state(a), executor.state(b)) == (State.RESIDENT, State.EVICTED)
+
+
+def test_what_is_pinned_or_in_use_stays_and_the_waiting_one_is_told(executor):
+    a, b = load_all(executor, "a", "b")
+    executor.take(executor.registry.load("a", is_pinned=True))
+    executor.acquire("r", "b")
+    c = executor.add("c", "1", 4)
+    executor.acquire("s", "c", wait_s=5)
+    executor.finish(c)
+    assert executor.jobs == {}
+    assert executor.registry.next_deadline_s == executor.now_s + 5
+    executor.now_s += 5
+    executor.take(executor.registry.tick())
+    assert "within the time" in str(executor.answers["s"])
+    assert executor.state(c) is State.ABSENT
+    executor.add("d", "1", 7)
+    executor.acquire("t", "d")
+    executor.finish_all()
+    assert "are pinned" in str(executor.answers["t"])
+    executor.take(executor.registry.release("r"))
+    executor.take(executor.registry.unpin("a"))
+    executor.acquire("u", "d")
+    executor.finish_all()
+    assert isinstance(executor.answers["u"], Grant)
+    assert {executor.state(a), executor.state(b)} == {State.EVICTED}
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers(executor):
+    executor.add("huge", "1", BUDGET + 1)
+    executor.acquire("r", "huge")
+    executor.finish_all()
+    assert f"needs {BUDGET + 1} bytes" in str(executor.answers["r"])
+    load_all(executor, "a", "b", size=6)
+    executor.acquire("s", "a", "b")
+    assert "12 bytes are needed at once" in str(executor.answers["s"])
+
+
+def test_a_load_that_took_more_than_it_said_is_undone(executor):
+    load_all(executor, "a")
+    key = executor.add("b", "1", 6)
+    executor.acquire("r", "b")
+    executor.finish(key)
+    executor.jobs.pop(key)
+    executor.take(executor.registry.loaded(key, 7, "cpu"))
+    assert "it took 7 bytes" in str(executor.answers["r"])
+    executor.finish(key)
+    assert (executor.state(key), executor.registry.held_bytes) == (State.FAILED, 4)
+
+
+def test_a_failure_is_remembered_for_a_while_and_then_tried_again():
+    executor = Executor(retry_failed_s=30)
+    key = executor.add("polite", "v1")
+    executor.acquire("r", "polite")
+    executor.fail(key, "no such file")
+    assert "no such file" in str(executor.answers["r"])
+    with pytest.raises(AlignerUnavailable, match="no such file"):
+        executor.acquire("s", "polite")
+    executor.now_s += 30
+    executor.acquire("t", "polite")
+    executor.finish_all()
+    assert isinstance(executor.answers["t"], Grant)
+
+
+def test_changed_files_get_a_new_chance_at_once(executor):
+    key = executor.add("polite", "v1")
+    executor.acquire("r", "polite")
+    executor.fail(key)
+    executor.add("polite", "v1")
+    executor.acquire("s", "polite")
+    executor.finish_all()
+    assert isinstance(executor.answers["s"], Grant)
+
+
+def test_only_so_many_jobs_run_and_only_so_many_requests_wait():
+    executor = Executor(max_jobs=2, max_waiting=3)
+    keys = [executor.add(name, "1") for name in "abcd"]
+    for key in keys[:3]:
+        executor.acquire(key.name, key.name)
+    assert executor.jobs == {keys[0]: "verify", keys[1]: "verify"}
+    assert executor.status(keys[2]).waits_for == "turn"
+    with pytest.raises(QueueFull):
+        executor.acquire("d", "d")
+    executor.take(executor.registry.release("c"))
+    assert executor.acquire("d", "d") is None
+    executor.finish_all()
+    assert "c" not in executor.answers
+    assert executor.state(keys[2]) is State.ABSENT
+
+
+def test_two_that_need_what_the_other_has_do_not_wait_for_ever():
+    executor = Executor(2, max_jobs=4)
+    for name in "abcd":
+        executor.add(name, "1")
+    executor.acquire("first", "a", "b")
+    executor.acquire("second", "c", "d")
+    executor.finish_all()
+    assert isinstance(executor.answers["first"], Grant)
+    assert "second" not in executor.answers
+    executor.take(executor.registry.release("first"))
+    executor.finish_all()
+    assert isinstance(executor.answers["second"], Grant)
+
+
+def test_removing_refuses_who_waits_and_lets_who_runs_finish(executor):
+    v1, v2 = polite(executor)
+    executor.acquire("runs", "polite")
+    executor.take(executor.registry.promote("polite", "v2"))
+    executor.add("other", "1")
+    executor.acquire("waits", "polite", "other")
+    told = executor.take(executor.registry.remove("polite"))
+    assert {type(action) for action in told} == {PromotionFailed, Refuse}
+    assert isinstance(executor.answers["waits"], UnknownModel)
+    with pytest.raises(UnknownModel):
+        executor.acquire("new", "polite")
+    with pytest.raises(UnknownModel):
+        executor.registry.promote("polite", "v1")
+    assert executor.state(v1) is State.DRAINING
+    executor.take(executor.registry.release("runs"))
+    executor.finish_all()
+    assert [aligner.name for aligner in executor.registry.status()] == ["other"]
+    assert executor.registry.held_bytes == 0
+    assert v2 not in executor.jobs
+
+
+def test_withdrawn_files_serve_from_memory_until_evicted(executor):
+    polite(executor)
+    executor.take(executor.registry.withdraw("polite", "v1"))
+    executor.acquire("r", "polite")
+    assert executor.version_of("r") == "v1"
+    executor.take(executor.registry.release("r"))
+    executor.take(executor.registry.unload("polite", "v1"))
+    executor.finish_all()
+    assert [each.key.version for each in executor.registry.status()[0].versions] == ["v2"]
+    with pytest.raises(UnknownModel):
+        executor.acquire("s", "polite")
+    executor.take(executor.registry.promote("polite", "v2"))
+    executor.finish_all()
+    executor.acquire("t", "polite")
+    assert executor.version_of("t") == "v2"
+
+
+def test_unloading_gives_memory_back_and_a_request_brings_it_in_again(executor):
+    v1, _ = polite(executor)
+    executor.take(executor.registry.unload("polite"))
+    assert executor.jobs == {v1: "free"}
+    assert executor.acquire("r", "polite") is None
+    executor.finish_all()
+    assert isinstance(executor.answers["r"], Grant)
+
+
+def test_when_the_executor_loses_its_memory_what_was_there_comes_back():
+    executor = Executor(max_jobs=1)
+    a, b = load_all(executor, "a", "b")
+    executor.now_s += 1
+    executor.acquire("r", "a")
+    executor.add("c", "1", 2)
+    executor.acquire("w", "c")
+    executor.jobs.clear()
+    executor.held.clear()
+    executor.take(executor.registry.lost())
+    executor.finish_all()
+    loads = [action.key for action in executor.log if isinstance(action, StartLoad)][2:]
+    assert loads == [VersionKey("c", "1"), a, b], "who waits first, then the last used"
+    assert isinstance(executor.answers["w"], Grant)
+    assert executor.status(a).num_references == 0
+    executor.take(executor.registry.release("r"))
+    assert executor.status(a).num_references == 0
+
+
+MINUS = (Term("self"), Term("small", -1.0))
+
+
+def test_presets_come_to_sums_and_contrasts():
+    executor = Executor(100, max_jobs=9)
+    for name in ("big", "small", "kind"):
+        executor.add(name, "1")
+    executor.add("contrast", "1", terms=(Term("big"), Term("small", -1.0)))
+    executor.add("both", "1", terms=(Term("contrast", 0.5), Term("kind", 2.0)), strength=3.0)
+    executor.acquire("r", "both")
+    executor.finish_all()
+    grant = executor.answers["r"]
+    assert isinstance(grant, Grant)
+    assert grant.chosen == (VersionKey("both", "1"),)
+    assert {term.key.name: term.strength for term in grant.terms} == {"big": 1.5, "small": -1.5, "kind": 6.0}
+    executor.acquire("s", AlignerTerm("contrast", 2.0), AlignerTerm("small", 2.0))
+    grant = executor.answers["s"]
+    assert isinstance(grant, Grant)
+    assert [(term.key.name, term.part, term.strength) for term in grant.terms] == [("big", ".", 2.0)]
+
+
+def test_an_aligner_of_own_and_other_models_needs_them_all():
+    executor = Executor(100, max_jobs=9)
+    executor.add("small", "1")
+    executor.add("tuned", "1", terms=(Term("self"), Term("./before", -0.5), Term("small", -1.0)))
+    executor.acquire("r", "tuned")
+    executor.finish_all()
+    grant = executor.answers["r"]
+    assert isinstance(grant, Grant)
+    assert [(term.key.name, term.part, term.strength) for term in grant.terms] == [
+        ("tuned", ".", 1.0),
+        ("tuned", "./before", -0.5),
+        ("small", ".", -1.0),
+    ]
+
+
+def test_presets_that_lead_nowhere_are_refused(executor):
+    executor.add("a", "1", terms=(Term("b"),))
+    with pytest.raises(UnknownModel, match="`b`"):
+        executor.acquire("r", "a")
+    executor.add("b", "1", terms=(Term("a"),))
+    with pytest.raises(InvalidRequest, match="made of itself"):
+        executor.acquire("r", "a")
+    executor.add("leaf", "1")
+    for level in range(20):
+        inner = f"level-{level - 1}" if level else "leaf"
+        for twin in ("", "-twin"):
+            executor.add(f"level-{level}{twin}", "1", terms=(Term(inner), Term(f"{inner}-twin")))
+        executor.add("leaf-twin", "1")
+    with pytest.raises(InvalidRequest, match="terms"):
+        executor.acquire("r", "level-19")
+    executor.add("loud", "1", terms=(Term("leaf", 90.0),))
+    with pytest.raises(InvalidRequest, match="strength"):
+        executor.acquire("r", AlignerTerm("loud", 2.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "terms"),
+    [
+        ("../up", "1", MINUS),
+        ("polite", "a/b", MINUS),
+        ("identity", "1", MINUS),
+        ("polite", "1", ()),
+        ("polite", "1", (Term("polite"),)),
+    ],
+)
+def test_names_and_terms_that_cannot_be_are_refused(executor, name, version, terms):
+    with pytest.raises(InvalidRequest):
+        executor.registry.add(name, version, "/", terms=terms)
+
+
+@pytest.mark.parametrize("weights", [{}, {"v2": 0.0}, {"v2": -1.0}, {"v2": math.nan}, {"v2": math.inf}])
+def test_shares_must_be_positive(executor, weights):
+    polite(executor)
+    with pytest.raises(InvalidRequest):
+        executor.registry.promote("polite", weights)
+    with pytest.raises(UnknownModel):
+        executor.registry.promote("polite", "v9")
+
+
+@pytest.mark.parametrize("weights", [{"v2": 0.1, "v1": 0.9}, {"a": 1.0, "b": 2.0, "c": 5.0}])
+def test_shares_are_the_weights_within_four_standard_deviations(weights):
+    num_keys = 20_000
+    seen = Counter(choose(weights, salt="polite", key=f"user-{number}") for number in range(num_keys))
+    for version, weight in weights.items():
+        share = weight / sum(weights.values())
+        assert abs(seen[version] - num_keys * share) <= 4 * math.sqrt(num_keys * share * (1 - share))
+
+
+def test_a_larger_weight_moves_keys_to_that_version_only():
+    before, after = {"v1": 0.5, "v2": 0.1, "v3": 0.4}, {"v1": 0.5, "v2": 0.3, "v3": 0.4}
+    moved = [
+        (choose(before, salt="", key=str(key)), choose(after, salt="", key=str(key))) for key in range(3000)
+    ]
+    assert {new for old, new in moved if old != new} == {"v2"}
+    chosen = [choose(after, salt=salt, key=str(key)) for key in range(300) for salt in "ab"]
+    assert chosen[::2] != chosen[1::2], "the same users are not the canary of every aligner"
+
+
+def test_a_choice_is_the_same_in_every_process_and_release():
+    keys = ["", "acme", "ünïcode", "lone \ud800 surrogate"]
+    weights = {"v1": 1.0, "v2": 1.0}
+    assert [choose(weights, salt="polite", key=key) for key in keys] == ["v2", "v1", "v2", "v1"]
+
+
+NAMES = ("a", "b", "c")
+VERSIONS = ("1", "2", "3")
+SIZES = st.integers(1, 6)
+KEYS = st.builds(VersionKey, st.sampled_from(NAMES), st.sampled_from(VERSIONS))
+
+
+class Life(RuleBasedStateMachine):
+    """Anything happens in any order, and jobs end whenever and however they like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.executor = Executor(BUDGET, max_jobs=2, max_waiting=4, retry_failed_s=5.0)
+        self.registry = self.executor.registry
+        self.running: dict[str, frozenset[VersionKey]] = {}
+        self.waiting: dict[str, float] = {}
+        self.shares: dict[str, dict[str, float]] = {}
+        self.withdrawn: set[str] = set()
+        self.num_requests = 0
+
+    @initialize(sizes=st.lists(SIZES, min_size=9, max_size=9))
+    def begin(self, sizes: list[int]) -> None:
+        for number, size in enumerate(sizes):
+            self.executor.add(NAMES[number // 3], VERSIONS[number % 3], size)
+        self.executor.add("mix", "1", 0, terms=(Term("a"), Term("b", -1.0)))
+        self.note([])
+
+    def do(self, actions: list[Action]) -> None:
+        self.check_evictions(actions)
+        self.executor.take(actions)
+        self.note(actions)
+
+    def note(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Grant):
+                keys = frozenset(term.key for term in action.terms)
+                self.running[action.request_id] = keys
+                assert all(self.executor.held[key] and key not in self.executor.jobs for key in keys)
+            if isinstance(action, Grant | Refuse):
+                assert self.waiting.pop(action.request_id) is not None
+        told = [action for action in actions if isinstance(action, Promoted)]
+        now = {aligner.name: dict(aligner.shares) for aligner in self.registry.status()}
+        for name, shares in now.items():
+            # Where versions were withdrawn, shares also change as they drop out.
+            has_changed = name in self.shares and self.shares[name] != shares
+            if has_changed and name not in self.withdrawn:
+                assert Promoted(name, shares) in told, "shares change by promotion alone, all at once"
+                assert all(self.executor.held[VersionKey(name, version)] for version in shares)
+        self.shares = now
+
+    def check_evictions(self, actions: list[Action]) -> None:
+        """Nobody who could have stayed was used longer ago than who goes."""
+        versions = {version.key: version for version in self.registry._catalogue}
+        wanted = {key for demand in self.registry._demands for key in demand.keys}
+        freed = [versions[action.key] for action in actions if isinstance(action, Free)]
+        for version in freed:
+            assert not version.num_references
+            assert not version.is_pinned
+        stay = [
+            version.last_used_s
+            for version in versions.values()
+            if version.is_loaded
+            and not (version.num_references or version.is_pinned or version.is_virtual)
+            and version.key not in wanted
+        ]
+        evicted = [version.last_used_s for version in freed if not version.is_leaving]
+        assert max(evicted, default=0.0) <= min(stay, default=math.inf)
+
+    @rule(
+        names=st.lists(st.sampled_from([*NAMES, "mix"]), min_size=1, max_size=2, unique=True),
+        key=st.sampled_from(["", "x", "y", "z"]),
+        wait_s=st.sampled_from([1.0, 10.0]),
+    )
+    def ask(self, names: list[str], key: str, wait_s: float) -> None:
+        request_id = f"r{self.num_requests}"
+        self.num_requests += 1
+        self.waiting[request_id] = self.executor.now_s + wait_s
+        try:
+            terms = [AlignerTerm(name, 1.5) for name in names]
+            self.do(self.registry.acquire(request_id, terms, sticky_key=key, max_wait_s=wait_s))
+        except (QueueFull, AlignerUnavailable):
+            del self.waiting[request_id]
+        except UnknownModel:
+            del self.waiting[request_id]
+            assert self.withdrawn
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.running)))
+        del self.running[request_id]
+        self.do(self.registry.release(request_id))
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def hang_up(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.waiting)))
+        del self.waiting[request_id]
+        self.do(self.registry.release(request_id))
+
+    @precondition(lambda self: self.executor.jobs)
+    @rule(data=st.data(), fails=st.sampled_from([False, False, False, True]))
+    def work(self, data: st.DataObject, fails: bool) -> None:
+        key = data.draw(st.sampled_from(sorted(self.executor.jobs)))
+        kind = self.executor.jobs.pop(key)
+        if kind == "free":
+            del self.executor.held[key]
+            self.do(self.registry.freed(key))
+        elif fails:
+            self.executor.held.pop(key, None)
+            self.do(self.registry.failed(key, "chance"))
+        elif kind == "verify":
+            self.do(self.registry.verified(key, self.executor.sizes[key]))
+        else:
+            self.do(self.registry.loaded(key, self.executor.sizes[key], "cpu"))
+
+    @rule(version=KEYS, canary=st.sampled_from(["", "1", "3"]))
+    def promote(self, version: VersionKey, canary: str) -> None:
+        weights = {version.version: 0.7}
+        if canary not in ("", version.version):
+            weights[canary] = 0.3
+        self.by_hand(version.name, lambda: self.registry.promote(version.name, weights))
+
+    @rule(name=st.sampled_from(NAMES))
+    def roll_back(self, name: str) -> None:
+        try:
+            self.by_hand(name, lambda: self.registry.rollback(name))
+        except InvalidRequest:
+            assert not next(each for each in self.registry.status() if each.name == name).earlier_shares
+
+    @rule(version=KEYS, is_pinned=st.booleans())
+    def load(self, version: VersionKey, is_pinned: bool) -> None:
+        self.by_hand(version.name, lambda: self.registry.load(*version, is_pinned=is_pinned))
+
+    @rule(version=KEYS)
+    def unpin(self, version: VersionKey) -> None:
+        self.by_hand(version.name, lambda: self.registry.unpin(*version))
+
+    @rule(version=KEYS, is_all=st.booleans())
+    def unload(self, version: VersionKey, is_all: bool) -> None:
+        self.by_hand(
+            version.name, lambda: self.registry.unload(version.name, None if is_all else version.version)
+        )
+
+    @rule(version=KEYS, is_all=st.booleans())
+    def withdraw(self, version: VersionKey, is_all: bool) -> None:
+        if version.name != NAMES[0]:
+            self.withdrawn.add(version.name)
+            remove, withdraw = self.registry.remove, self.registry.withdraw
+            self.by_hand(version.name, lambda: remove(version.name) if is_all else withdraw(*version))
+
+    @rule(version=KEYS)
+    def add(self, version: VersionKey) -> None:
+        self.do(self.registry.add(*version, "/again"))
+
+    def by_hand(self, name: str, ask: Callable[[], list[Action]]) -> None:
+        """What an operator does; what has been withdrawn may be unknown."""
+        try:
+            actions = ask()
+        except UnknownModel:
+            assert name in self.withdrawn
+        else:
+            self.do(actions)
+
+    @rule(passed_s=st.sampled_from([0.5, 2.0, 20.0]))
+    def wait(self, passed_s: float) -> None:
+        self.executor.now_s += passed_s
+        self.do(self.registry.tick())
+
+    @rule()
+    def lose(self) -> None:
+        self.executor.jobs.clear()
+        self.executor.held.clear()
+        self.running.clear()
+        self.do(self.registry.lost())
+
+    @invariant()
+    def memory_is_within_the_budget(self) -> None:
+        assert sum(self.executor.held.values()) <= BUDGET
+        assert self.registry.held_bytes == sum(self.executor.held.values())
+
+    @invariant()
+    def references_are_those_of_running_requests(self) -> None:
+        count = Counter(key for keys in self.running.values() for key in keys)
+        for aligner in self.registry.status():
+            for version in aligner.versions:
+                assert version.num_references == count[version.key]
+                if count[version.key]:
+                    assert self.executor.held[version.key]
+                    assert version.key not in self.executor.jobs
+                    assert version.state in (State.RESIDENT, State.DRAINING)
+
+    @invariant()
+    def few_jobs_run_and_few_requests_wait(self) -> None:
+        assert sum(kind != "free" for kind in self.executor.jobs.values()) <= 2
+        assert len(self.waiting) <= 4
+
+    @invariant()
+    def nobody_waits_beyond_the_deadline(self) -> None:
+        assert all(deadline_s > self.executor.now_s for deadline_s in self.waiting.values())
+
+    def teardown(self) -> None:
+        """When running requests end and jobs succeed, everybody who still waits is answered."""
+        for request_id in sorted(self.running):
+            del self.running[request_id]
+            self.do(self.registry.release(request_id))
+        for _ in range(300):
+            if self.executor.jobs:
+                key = next(iter(self.executor.jobs))
+                kind = self.executor.jobs.pop(key)
+                if kind == "free":
+                    del self.executor.held[key]
+                    self.do(self.registry.freed(key))
+                elif kind == "verify":
+                    self.do(self.registry.verified(key, self.executor.sizes[key]))
+                else:
+                    self.do(self.registry.loaded(key, self.executor.sizes[key], "cpu"))
+            for request_id in sorted(self.running):
+                del self.running[request_id]
+                self.do(self.registry.release(request_id))
+        assert not self.waiting, "somebody waits without need"
+        assert not self.executor.jobs
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=120,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
