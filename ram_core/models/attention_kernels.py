@@ -22,6 +22,8 @@ _VARYING = [
     "first_token",
     "row_len",
     "table_stride",
+    "page_size",
+    "page_bits",
     "num_tokens",
 ]
 
@@ -82,11 +84,11 @@ def _find_tile(
 
 
 @triton.jit
-def _find_blocks(begin, end, split, num_splits: tl.constexpr, block_tokens: tl.constexpr):
+def _find_blocks(begin, end, split, block_tokens: tl.constexpr):
     """The blocks of a context from `begin` to `end` that a split reads; the last splits may have none."""
     first = begin // block_tokens
     num_blocks = tl.cdiv(end, block_tokens) - first
-    each = tl.cdiv(num_blocks, num_splits)
+    each = tl.cdiv(num_blocks, tl.num_programs(2))
     return first + split * each, first + tl.minimum((split + 1) * each, num_blocks)
 
 
@@ -114,6 +116,8 @@ def attend_tile(
     first_token,
     row_len,
     table_stride,
+    page_size,
+    page_bits,
     num_tokens,
     query_head_stride,
     query_token_stride,
@@ -121,12 +125,12 @@ def attend_tile(
     group: tl.constexpr,
     key_dim: tl.constexpr,
     value_dim: tl.constexpr,
-    page_size: tl.constexpr,
-    num_splits: tl.constexpr,
+    is_split: tl.constexpr,
     has_tiles: tl.constexpr,
     has_window: tl.constexpr,
     has_softcap: tl.constexpr,
     has_sinks: tl.constexpr,
+    has_page_bits: tl.constexpr,
     tile_tokens: tl.constexpr,
     block_query: tl.constexpr,
     block_tokens: tl.constexpr,
@@ -139,7 +143,7 @@ def attend_tile(
 
     Without `tiles`, all rows from `first_row` on have `row_len` tokens, packed from `first_token` on; else
     `tiles` holds (row, first token in the row, tokens of the row, where these are packed) for each tile.
-    With one split, `out` is [token, head, dim]; with more it is float32, [split, token, head, dim], and
+    Unless it `is_split`, `out` is [token, head, dim]; else it is float32, [split, token, head, dim], and
     `log_sums` [split, token, head] gets the base-2 logarithm of each softmax's denominator. `is_widened`
     multiplies matrices in float32, which holds the products of 16-bit numbers without rounding.
     """
@@ -169,7 +173,7 @@ def attend_tile(
     begin, end = 0, start + tl.minimum(first + tile_tokens, num_queries)
     if has_window:
         begin = tl.maximum(start + first - window + 1, 0)
-    from_block, to_block = _find_blocks(begin, end, split, num_splits, block_tokens)
+    from_block, to_block = _find_blocks(begin, end, split, block_tokens)
     top = tl.full([block_query], float("-inf"), tl.float32)
     total = tl.zeros([block_query], tl.float32)
     if has_sinks:
@@ -182,8 +186,10 @@ def attend_tile(
     for block in range(from_block, to_block):
         at = block * block_tokens + tl.arange(0, block_tokens)
         is_token = (at >= begin) & (at < end)
-        page = tl.load(table + at // page_size, mask=is_token, other=0)
-        place = (page * page_size + at % page_size) * num_kv_heads + kv_head
+        # A power of two is divided by in one instruction, if that is known.
+        nth_page = at >> page_bits if has_page_bits else at // page_size
+        page = tl.load(table + nth_page, mask=is_token, other=0)
+        place = ((page - nth_page) * page_size + at) * num_kv_heads + kv_head
         tile_keys = tl.load(
             keys + place[None, :] * key_dim + key_lane[:, None],
             mask=is_token[None, :] & is_key_dim[:, None],
@@ -225,7 +231,7 @@ def attend_tile(
         summed.to(out.dtype.element_ty),
         mask=is_stored,
     )
-    if num_splits > 1:
+    if is_split:
         tl.store(log_sums + place, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)), is_query)
 
 

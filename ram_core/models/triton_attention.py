@@ -43,7 +43,10 @@ class RowRange:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Sizes of what a program holds: `tile_tokens` of a row, `query` lines, `tokens` of the context."""
+    """Sizes of what a program holds: `tile_tokens` of a row, `query` lines, `tokens` of the context.
+
+    Few different ones occur, as for each of them there is a kernel to compile.
+    """
 
     tile_tokens: int
     query: int
@@ -60,7 +63,7 @@ class Blocks:
         lines = min(_MAX_QUERY_LINES, _floor_power_of_two(_QUERY_BYTES // (width * key)))
         query = max(16, _power_of_two(min(longest * group, max(group, lines))))
         tokens = max(16, min(64, _floor_power_of_two(_BLOCK_BYTES // (width * (key + value)))))
-        return cls(min(longest, query // group), query, tokens, key, value)
+        return cls(query // group, query, tokens, key, value)
 
     @property
     def num_warps(self) -> int:
@@ -175,7 +178,7 @@ class TritonAttention:
             query_head_stride=query.stride(0),
             query_token_stride=query.stride(1),
             group=group,
-            num_splits=num_splits,
+            is_split=num_splits > 1,
             has_tiles=tiles is not None,
             **_constants_of(keys, values, options),
             **_constants_of_blocks(blocks),
@@ -207,6 +210,8 @@ def _constants_of(keys: Tensor, values: Tensor, options: AttentionOptions) -> di
         "key_dim": key_dim,
         "value_dim": values.shape[-1],
         "page_size": page_size,
+        "page_bits": page_size.bit_length() - 1,
+        "has_page_bits": page_size == _power_of_two(page_size),
         "scale": key_dim**-0.5 if options.scaling is None else options.scaling,
         "softcap": options.softcap or 0.0,
         "window": options.window or 0,
