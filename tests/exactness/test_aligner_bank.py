@@ -164,11 +164,12 @@ def logits_of(
     return torch.cat(parts)
 
 
+MACHINES = [(family, "Intel") for family in (*STACKED_FAMILIES, "phi", "gpt_neox")]
+MACHINES += [("llama", "other"), ("gemma3", "other"), ("gemma3", "device"), ("gpt_neox", "device")]
 MIXES = [[0, 1, 2, 0, 1, 2, 0, 1], [0, 0, 0, 1, 1, 2, 2, 2], [2, 2, 1], [1, 1], [2]]
 
 
-@pytest.mark.parametrize("machine", ["Intel", "other", "device"])
-@pytest.mark.parametrize("family", [*STACKED_FAMILIES, "phi", "gpt_neox"])
+@pytest.mark.parametrize(("family", "machine"), MACHINES)
 def test_a_module_of_several_models_gives_the_logits_of_each(
     tmp_path: Path, family: str, machine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -176,8 +177,6 @@ def test_a_module_of_several_models_gives_the_logits_of_each(
     monkeypatch.setattr(packed_linear, "_is_intel", lambda: machine != "other")
     is_on_device = machine == "device"
     if is_on_device:
-        if family not in ("gemma3", "gpt_neox"):
-            pytest.skip("the interpreter is slow, and the leaves are the same")
         monkeypatch.setattr(stacked, "SlotLinear", StackedLinear)
         by_kernel(monkeypatch)
     paths = [save_any(tmp_path / str(seed), family, seed=seed) for seed in range(3)]
@@ -185,7 +184,7 @@ def test_a_module_of_several_models_gives_the_logits_of_each(
     stack = StackedModel(load(paths[0]), 4)
     for slot, model in enumerate(alone):
         stack.stage(slot, plain_weights(model.model))
-    for mix in MIXES[:2] if is_on_device else MIXES:
+    for mix in MIXES[:1] if is_on_device else MIXES:
         ours = logits_of(lambda b, p, owners: stack.forward(b, p, torch.tensor(owners)), stack.paged, mix)
         separate = [logits_of(lambda b, p, _, m=model: m.forward(b, p), model, mix) for model in alone]
         wanting = [row for row in range(len(mix)) if row % 2 == 0] + list(range(len(mix)))

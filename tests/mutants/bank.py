@@ -43,12 +43,12 @@ BANK_MUTANTS = [
         ("own = stack[groups.slots]", "own = stack[groups.slots * 0]"),
         ("out = out * module.weight", "out = out"),
         ("return out + module.bias if", "return out if"),
-        ("if not spans:", "if False:"),
         ("for start in sorted(parts)", "for start in parts"),
         ("return groups.logits if is_head else groups.tokens", "return groups.tokens"),
         ("            self.weight[slot].copy_", "            self.weight[0].copy_"),
         ("own = self._tied[slot]", "own = self._tied[0]"),
     ),
+    *mutants("ram_core/models/stacked.py", _DRAWS, ("if not spans:", "if False:")),
     *mutants(
         "ram_core/models/stacked.py",
         _FIT,
