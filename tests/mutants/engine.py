@@ -8,6 +8,8 @@ _SCHEDULER = "tests/unit/test_scheduler.py"
 _TRAFFIC = "tests/unit/test_scheduler_properties.py"
 _CACHE = "tests/exactness/test_prefix_cache.py"
 _STEPS = "tests/exactness/test_steps.py"
+_GRAPHS = "tests/exactness/test_graphs.py"
+_REPLAYED = f"{_GRAPHS}::test_replayed_steps_draw_what_steps_draw_as_they_come"
 _LIMITS = "tests/unit/test_limits.py"
 _THREAD = "tests/unit/test_thread.py"
 _ENGINE = "tests/exactness/test_engine.py"
@@ -150,30 +152,44 @@ ENGINE_MUTANTS = [
         ("            if term.aligner not in self.pools:", "            if False:"),
     ),
     *mutants(
-        "ram_core/engine/runner.py",
+        "ram_core/engine/layout.py",
         _GREEDY,
-        ("row.sequence.lanes[lane].strength)", "1.0)"),
+        ("terms.append((place[id(row)], kept.strength))", "terms.append((place[id(row)], 1.0))"),
         ("enumerate(drawing)}", "enumerate(reversed(drawing))}"),
-        ("row.sequence.lanes[lane].pages, row.draws)", "row.sequence.lanes[0].pages, row.draws)"),
-        ("row.sequence.lanes[lane].pages, row.draws)", "row.sequence.lanes[lane].pages, True)"),
+        ("kept.pages, row.draws)", "row.sequence.lanes[0].pages, row.draws)"),
+        ("kept.pages, row.draws)", "kept.pages, True)"),
         ("packed.append(Row(token_ids, start,", "packed.append(Row(token_ids, 0,"),
     ),
     *mutants(
-        "ram_core/engine/runner.py",
+        "ram_core/engine/layout.py",
         _CACHE,
-        ("if row.lane_starts[lane] < row.end]", "if row.start < row.end]"),
+        ("if row.lane_starts[lane] < row.end:", "if row.start < row.end:"),
+    ),
+    *mutants(
+        "ram_core/engine/layout.py",
+        _STEPS,
+        ("fed[num_tokens - 1] = row.sequence.slot", "fed[num_tokens - 1] = 0"),
+        ("fed[num_tokens - 1] = row.sequence.slot", "fed[0] = row.sequence.slot"),
+        ("[(num_drawing, 0.0)]", "[(0, 0.0)]"),
+        ("[(self.padding_slot, 0)]", "[(0, 0)]"),
+        ("            num_pages = shapes.num_pages(", "            _ = shapes.num_pages("),
+    ),
+    *mutants(
+        "ram_core/engine/layout.py",
+        _SEEDED,
+        ("[(row.sequence.slot, row.end) for row", "[(drawing.index(row), row.end) for row"),
+        ("[(row.sequence.slot, row.end) for row", "[(row.sequence.slot, row.start) for row"),
+    ),
+    *mutants(
+        "ram_core/engine/layout.py",
+        _NOISE,
+        ("[(row.sequence.slot, row.end) for row", "[(row.sequence.slot, row.sequence.num_drawn) for row"),
     ),
     *mutants(
         "ram_core/engine/runner.py",
         _STEPS,
-        ("fed_slots.append(row.sequence.slot)", "fed_slots.append(0)"),
-        ("fed_tokens.append(num_tokens - 1)", "fed_tokens.append(0)"),
-        ("self._last_tokens.index_copy_(0, index[0], draws.token)", "pass"),
-        ("[(num_drawing, 0.0)]", "[(0, 0.0)]"),
-        ("[self._padding_slot] * num_padding", "[0] * num_padding"),
-        ("_as_table(draws)[: len(drawing)]", "_as_table(draws)"),
-        ("num_rows=_bucket(len(packed)) if is_static else 0", "num_rows=0"),
-        ("num_pages=_bucket(pages) if is_static else 0", "num_pages=0"),
+        ("self._last_tokens.index_copy_(0, numbers.slots, draws.token)", "pass"),
+        ("table[: packed.num_real]", "table"),
         ('and "DefaultCPUAllocator" in str(error)', "and False"),
         ('and "DefaultCPUAllocator" in str(error)', ""),
     ),
@@ -181,15 +197,40 @@ ENGINE_MUTANTS = [
         "ram_core/engine/runner.py",
         _SEEDED,
         ("self._params.put(sequence.slot,", "self._params.put(0,"),
-        ("[row.sequence.slot for row in drawing]", "[index for index, _ in enumerate(drawing)]"),
-        ("[row.end for row in drawing]", "[row.start for row in drawing]"),
     ),
     *mutants(
         "ram_core/engine/runner.py",
         _NOISE,
-        ("[row.end for row in drawing]", "[row.sequence.num_drawn for row in drawing]"),
-        ("replace(self._params.take(index[0]), position=index[1])", "self._params.take(index[0])"),
+        ("replace(self._params.take(numbers.slots), position=numbers.positions)",
+         "self._params.take(numbers.slots)"),
         ("seeds=[sequence.seed]", "seeds=[0]"),
+    ),
+    *mutants(
+        "ram_core/engine/runner.py",
+        f"{_GRAPHS}::test_a_device_that_can_record_nothing_serves_as_it_would_without_recordings",
+        ("        if not len(self._graphs):", "        if False:"),
+    ),
+    *mutants(
+        "ram_core/engine/device.py",
+        _REPLAYED,
+        ("return table.clone(), None", "return table, None"),
+    ),
+    *mutants(
+        "ram_core/models/packing.py",
+        _REPLAYED,
+        ("context_lens if num_decode < len(rows) else ()", "context_lens"),
+    ),
+    *mutants(
+        "ram_core/engine/graphs.py",
+        _REPLAYED,
+        ("        self.numbers.copy_(numbers)\n        return", "        return"),
+    ),
+    *mutants(
+        "ram_core/engine/scheduler.py",
+        f"{_STEPS}::test_no_page_of_a_step_is_free_or_rewritten_before_the_step_is_done",
+        ("        self._num_launched += 1", "        pass"),
+        ("if self._num_launched > self._num_done:", "if False:"),
+        ("self._leaving[0][0] <= self._num_done:", "self._leaving[0][0] <= self._num_done + 1:"),
     ),
     *mutants(
         "ram_core/engine/runner.py",
@@ -293,7 +334,7 @@ ENGINE_MUTANTS = [
         ("0 if engine.has_work else HEARTBEAT_S", "HEARTBEAT_S"),
     ),
     *mutants(
-        "ram_core/engine/worker.py",
+        "ram_core/engine/parent.py",
         f"{_FAULTS}::test_no_engine_outlives_its_server",
         ("    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)\n", ""),
     ),
