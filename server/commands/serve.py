@@ -234,5 +234,6 @@ def _print_banner(settings: Settings, serving: Serving, listener: socket.socket)
 
 def _who_may_come(serving: Serving, host: str) -> str:
     if not serving.tenants.is_open:
-        return f"{serving.tenants.num_tenants} tenants, by their keys"
+        count = serving.tenants.num_tenants
+        return "1 tenant, by its keys" if count == 1 else f"{count} tenants, by their keys"
     return "everybody on this machine, without a key" if is_loopback(host) else "everybody, without a key"

@@ -56,6 +56,13 @@ class Gate:
             await asyncio.sleep(0.001)
 
 
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.01)
+
+
 Item = Event | Gate
 Script = Callable[[Request], Sequence[Item]]
 
