@@ -27,6 +27,7 @@ from tests.mutants.bench import BENCH_MUTANTS
 from tests.mutants.engine import ENGINE_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.resampling import RESAMPLING_MUTANTS
+from tests.mutants.start import START_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["ram_core", "server", "tests", "pyproject.toml"]
@@ -35,6 +36,7 @@ MUTANTS = [
     *ENGINE_MUTANTS,
     *MODEL_MUTANTS,
     *BANK_MUTANTS,
+    *START_MUTANTS,
     *BENCH_MUTANTS,
     *(Mutant(*fields) for fields in SERVER_MUTANTS),
 ]

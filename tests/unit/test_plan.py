@@ -182,6 +182,9 @@ def test_an_engine_tells_its_plan_and_was_expected_to_need_just_that(tmp_path) -
     geometries = [pool.geometry for pool in engine.bank.pools.values()]
     assert needs_of(models, geometries) == replace(needs, quantized_bytes={})
     assert 0 < needs.quantized_bytes["int4"] < needs.quantized_bytes["int8"] < needs.total_weight_bytes
+    assert set(needs.quantized_bytes) == {"int8", "int4", "fp8"}
+    smaller = expected_needs(replace(config, quantization="int8"), configs, torch.float32)
+    assert set(smaller.quantized_bytes) == {"int4"}, "nothing else would be smaller still"
     halved = expected_needs(replace(config, tensor_parallel=2), configs, torch.float32)
     assert halved.weight_bytes["proposal"] == needs.weight_bytes["proposal"] // 2
     assert halved.weight_bytes["polite"] == needs.weight_bytes["polite"]
