@@ -9,6 +9,7 @@ import typer
 
 from ram_core import __version__
 from ram_core.errors import RamError
+from server.commands.aligner import aligner_app
 from server.commands.bench import DEFAULT_URL, bench_app
 from server.commands.failing import fail
 from server.commands.tenant import tenant_app
@@ -23,6 +24,7 @@ app = typer.Typer(
 demo_app = typer.Typer(help="The embedded demo: rebuild it, measure it.", no_args_is_help=True)
 app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")
+app.add_typer(aligner_app, name="aligner")
 app.add_typer(tenant_app, name="tenant")
 
 AlignerFlags = Annotated[

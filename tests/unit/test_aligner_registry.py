@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ram_core.aligners.manifest import Term
+from ram_core.aligners.memory import Room
 from ram_core.aligners.registry import AlignerRegistry, RegistryLimits
 from ram_core.aligners.shares import choose
 from ram_core.aligners.states import (
@@ -24,6 +22,7 @@ from ram_core.aligners.states import (
     StartLoad,
     StartVerify,
     State,
+    Version,
     VersionKey,
     VersionStatus,
 )
@@ -538,234 +537,30 @@ def test_a_choice_is_the_same_in_every_process_and_release():
     assert [choose(weights, salt="polite", key=key) for key in keys] == ["v2", "v1", "v2", "v1"]
 
 
-NAMES = ("a", "b", "c")
-VERSIONS = ("1", "2", "3")
-SIZES = st.integers(1, 6)
-KEYS = st.builds(VersionKey, st.sampled_from(NAMES), st.sampled_from(VERSIONS))
+def idle(name: str, num_bytes: int, last_used_s: float, **state: object) -> Version:
+    version = Version(VersionKey(name, "1"), "/", state=State.RESIDENT, last_used_s=last_used_s)
+    version.held_bytes = num_bytes
+    for field, value in state.items():
+        setattr(version, field, value)
+    return version
 
 
-class Life(RuleBasedStateMachine):
-    """Anything happens in any order, and jobs end whenever and however they like."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.executor = Executor(BUDGET, max_jobs=2, max_waiting=4, retry_failed_s=5.0)
-        self.registry = self.executor.registry
-        self.running: dict[str, frozenset[VersionKey]] = {}
-        self.waiting: dict[str, float] = {}
-        self.shares: dict[str, dict[str, float]] = {}
-        self.withdrawn: set[str] = set()
-        self.num_requests = 0
-
-    @initialize(sizes=st.lists(SIZES, min_size=9, max_size=9))
-    def begin(self, sizes: list[int]) -> None:
-        for number, size in enumerate(sizes):
-            self.executor.add(NAMES[number // 3], VERSIONS[number % 3], size)
-        self.executor.add("mix", "1", 0, terms=(Term("a"), Term("b", -1.0)))
-        self.note([])
-
-    def do(self, actions: list[Action]) -> None:
-        self.check_evictions(actions)
-        self.executor.take(actions)
-        self.note(actions)
-
-    def note(self, actions: list[Action]) -> None:
-        for action in actions:
-            if isinstance(action, Grant):
-                keys = frozenset(term.key for term in action.terms)
-                self.running[action.request_id] = keys
-                assert all(self.executor.held[key] and key not in self.executor.jobs for key in keys)
-            if isinstance(action, Grant | Refuse):
-                assert self.waiting.pop(action.request_id) is not None
-        told = [action for action in actions if isinstance(action, Promoted)]
-        now = {aligner.name: dict(aligner.shares) for aligner in self.registry.status()}
-        for name, shares in now.items():
-            # Where versions were withdrawn, shares also change as they drop out.
-            has_changed = name in self.shares and self.shares[name] != shares
-            if has_changed and name not in self.withdrawn:
-                assert Promoted(name, shares) in told, "shares change by promotion alone, all at once"
-                assert all(self.executor.held[VersionKey(name, version)] for version in shares)
-        self.shares = now
-
-    def check_evictions(self, actions: list[Action]) -> None:
-        """Nobody who could have stayed was used longer ago than who goes."""
-        versions = {version.key: version for version in self.registry._catalogue}
-        wanted = {key for demand in self.registry._demands for key in demand.keys}
-        freed = [versions[action.key] for action in actions if isinstance(action, Free)]
-        for version in freed:
-            assert not version.num_references
-            assert not version.is_pinned
-        stay = [
-            version.last_used_s
-            for version in versions.values()
-            if version.is_loaded
-            and not (version.num_references or version.is_pinned or version.is_virtual)
-            and version.key not in wanted
-        ]
-        evicted = [version.last_used_s for version in freed if not version.is_leaving]
-        assert max(evicted, default=0.0) <= min(stay, default=math.inf)
-
-    @rule(
-        names=st.lists(st.sampled_from([*NAMES, "mix"]), min_size=1, max_size=2, unique=True),
-        key=st.sampled_from(["", "x", "y", "z"]),
-        wait_s=st.sampled_from([1.0, 10.0]),
-    )
-    def ask(self, names: list[str], key: str, wait_s: float) -> None:
-        request_id = f"r{self.num_requests}"
-        self.num_requests += 1
-        self.waiting[request_id] = self.executor.now_s + wait_s
-        try:
-            terms = [AlignerTerm(name, 1.5) for name in names]
-            self.do(self.registry.acquire(request_id, terms, sticky_key=key, max_wait_s=wait_s))
-        except (QueueFull, AlignerUnavailable):
-            del self.waiting[request_id]
-        except UnknownModel:
-            del self.waiting[request_id]
-            assert self.withdrawn
-
-    @precondition(lambda self: self.running)
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.running)))
-        del self.running[request_id]
-        self.do(self.registry.release(request_id))
-
-    @precondition(lambda self: self.waiting)
-    @rule(data=st.data())
-    def hang_up(self, data: st.DataObject) -> None:
-        request_id = data.draw(st.sampled_from(sorted(self.waiting)))
-        del self.waiting[request_id]
-        self.do(self.registry.release(request_id))
-
-    @precondition(lambda self: self.executor.jobs)
-    @rule(data=st.data(), fails=st.sampled_from([False, False, False, True]))
-    def work(self, data: st.DataObject, fails: bool) -> None:
-        key = data.draw(st.sampled_from(sorted(self.executor.jobs)))
-        kind = self.executor.jobs.pop(key)
-        if kind == "free":
-            del self.executor.held[key]
-            self.do(self.registry.freed(key))
-        elif fails:
-            self.executor.held.pop(key, None)
-            self.do(self.registry.failed(key, "chance"))
-        elif kind == "verify":
-            self.do(self.registry.verified(key, self.executor.sizes[key]))
-        else:
-            self.do(self.registry.loaded(key, self.executor.sizes[key], "cpu"))
-
-    @rule(version=KEYS, canary=st.sampled_from(["", "1", "3"]))
-    def promote(self, version: VersionKey, canary: str) -> None:
-        weights = {version.version: 0.7}
-        if canary not in ("", version.version):
-            weights[canary] = 0.3
-        self.by_hand(version.name, lambda: self.registry.promote(version.name, weights))
-
-    @rule(name=st.sampled_from(NAMES))
-    def roll_back(self, name: str) -> None:
-        try:
-            self.by_hand(name, lambda: self.registry.rollback(name))
-        except InvalidRequest:
-            assert not next(each for each in self.registry.status() if each.name == name).earlier_shares
-
-    @rule(version=KEYS, is_pinned=st.booleans())
-    def load(self, version: VersionKey, is_pinned: bool) -> None:
-        self.by_hand(version.name, lambda: self.registry.load(*version, is_pinned=is_pinned))
-
-    @rule(version=KEYS)
-    def unpin(self, version: VersionKey) -> None:
-        self.by_hand(version.name, lambda: self.registry.unpin(*version))
-
-    @rule(version=KEYS, is_all=st.booleans())
-    def unload(self, version: VersionKey, is_all: bool) -> None:
-        self.by_hand(
-            version.name, lambda: self.registry.unload(version.name, None if is_all else version.version)
-        )
-
-    @rule(version=KEYS, is_all=st.booleans())
-    def withdraw(self, version: VersionKey, is_all: bool) -> None:
-        if version.name != NAMES[0]:
-            self.withdrawn.add(version.name)
-            remove, withdraw = self.registry.remove, self.registry.withdraw
-            self.by_hand(version.name, lambda: remove(version.name) if is_all else withdraw(*version))
-
-    @rule(version=KEYS)
-    def add(self, version: VersionKey) -> None:
-        self.do(self.registry.add(*version, "/again"))
-
-    def by_hand(self, name: str, ask: Callable[[], list[Action]]) -> None:
-        """What an operator does; what has been withdrawn may be unknown."""
-        try:
-            actions = ask()
-        except UnknownModel:
-            assert name in self.withdrawn
-        else:
-            self.do(actions)
-
-    @rule(passed_s=st.sampled_from([0.5, 2.0, 20.0]))
-    def wait(self, passed_s: float) -> None:
-        self.executor.now_s += passed_s
-        self.do(self.registry.tick())
-
-    @rule()
-    def lose(self) -> None:
-        self.executor.jobs.clear()
-        self.executor.held.clear()
-        self.running.clear()
-        self.do(self.registry.lost())
-
-    @invariant()
-    def memory_is_within_the_budget(self) -> None:
-        assert sum(self.executor.held.values()) <= BUDGET
-        assert self.registry.held_bytes == sum(self.executor.held.values())
-
-    @invariant()
-    def references_are_those_of_running_requests(self) -> None:
-        count = Counter(key for keys in self.running.values() for key in keys)
-        for aligner in self.registry.status():
-            for version in aligner.versions:
-                assert version.num_references == count[version.key]
-                if count[version.key]:
-                    assert self.executor.held[version.key]
-                    assert version.key not in self.executor.jobs
-                    assert version.state in (State.RESIDENT, State.DRAINING)
-
-    @invariant()
-    def few_jobs_run_and_few_requests_wait(self) -> None:
-        assert sum(kind != "free" for kind in self.executor.jobs.values()) <= 2
-        assert len(self.waiting) <= 4
-
-    @invariant()
-    def nobody_waits_beyond_the_deadline(self) -> None:
-        assert all(deadline_s > self.executor.now_s for deadline_s in self.waiting.values())
-
-    def teardown(self) -> None:
-        """When running requests end and jobs succeed, everybody who still waits is answered."""
-        for request_id in sorted(self.running):
-            del self.running[request_id]
-            self.do(self.registry.release(request_id))
-        for _ in range(300):
-            if self.executor.jobs:
-                key = next(iter(self.executor.jobs))
-                kind = self.executor.jobs.pop(key)
-                if kind == "free":
-                    del self.executor.held[key]
-                    self.do(self.registry.freed(key))
-                elif kind == "verify":
-                    self.do(self.registry.verified(key, self.executor.sizes[key]))
-                else:
-                    self.do(self.registry.loaded(key, self.executor.sizes[key], "cpu"))
-            for request_id in sorted(self.running):
-                del self.running[request_id]
-                self.do(self.registry.release(request_id))
-        assert not self.waiting, "somebody waits without need"
-        assert not self.executor.jobs
+def test_nobody_goes_unless_that_makes_room():
+    versions = [idle("a", 3, 1), idle("b", 3, 2), idle("c", 3, 3, num_references=1)]
+    room = Room(versions, 10)
+    assert room.reserve(8, ()) == (False, [])
+    assert room.reserve(7, ()) == (False, versions[:2])
 
 
-TestLife = Life.TestCase
-TestLife.settings = settings(
-    max_examples=120,
-    stateful_step_count=40,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+def test_what_is_being_freed_is_waited_for_and_nobody_else_goes():
+    versions = [idle("a", 4, 1, is_freeing=True), idle("b", 4, 2)]
+    room = Room(versions, 10)
+    assert room.reserve(5, ()) == (False, [])
+    assert room.reserve(2, ()) == (False, [versions[1]]), "2 were free and 4 will be, and 5 are promised"
+
+
+def test_what_is_free_is_given_once_and_protected_ones_stay():
+    versions = [idle("a", 4, 1), idle("b", 3, 2)]
+    room = Room(versions, 10)
+    assert room.reserve(3, ()) == (True, [])
+    assert room.reserve(1, {versions[0].key}) == (False, [versions[1]])
