@@ -57,10 +57,14 @@ BANK_MUTANTS = [
     ),
     *mutants(
         "ram_core/engine/layout.py",
-        _DRAWS,
+        f"{_BANK}::test_a_step_has_one_forward_for_all_aligners",
         ("turns[name] += 1", "pass"),
+        ("return is_long, kept.group_slot", "return is_long, 0"),
+    ),
+    *mutants(
+        "ram_core/engine/layout.py",
+        _DRAWS,
         ("group_slots += [kept.group_slot] * len(token_ids)", "group_slots += [0] * len(token_ids)"),
-        ("is_long = kept.group_slot >= 0 and", "is_long = kept.group_slot < 0 and"),
     ),
     *mutants(
         "ram_core/engine/load_groups.py",
@@ -96,7 +100,6 @@ BANK_MUTANTS = [
         "ram_core/models/lora_stack.py",
         _PEFT,
         ("rows[start:end] @ layer[0], layer[1]", "rows[start:end] @ layer[0] * 1.001, layer[1]"),
-        ("is_head=layer is head_of(model)", "is_head=False"),
         ("a[:rank].copy_", "a[-rank:].copy_"),
         ("            if layer is not None:", "            if layer is not None and slot:"),
     ),
