@@ -66,13 +66,10 @@ def attend_decode(
     """Remember what is new of the batch's first rows, one token each, and attend to their contexts."""
     num_heads, num_rows, dim = query.shape
     out = torch.empty(num_rows, num_heads, value.shape[-1])
-    tensors = Layer(
-        *(each.transpose(0, 1).contiguous().numpy() for each in (query, key, value)),
-        pool.keys[layer].numpy(),
-        pool.values[layer].numpy(),
-        out.numpy(),
-    )
-    rows = Rows(*(each.numpy() for each in (batch.page_table, batch.context_lens, batch.slots)))
+    new = [each.transpose(0, 1).contiguous().numpy() for each in (query, key, value)]
+    memory = pool.keys[layer].numpy(), pool.values[layer].numpy()
+    tensors = Layer(*new, *memory, out.numpy())  # type: ignore[call-arg]  # mypy does not count them
+    rows = Rows(batch.page_table.numpy(), batch.context_lens.numpy(), batch.slots.numpy())
     scale = np.float32(dim**-0.5 if scaling is None else scaling)
     longest = batch.page_table.shape[1] * batch.page_size
     worthwhile = num_rows * longest * key.shape[0] * dim // _NUMBERS_A_THREAD
