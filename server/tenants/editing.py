@@ -85,12 +85,8 @@ def _append(keys: Array | AoT, entry: dict[str, str]) -> None:
         return
     line = tomlkit.inline_table()
     line.update(entry)
-    if keys.as_string() == "[]":
-        keys.append(line)
-        keys.multiline(True)
-    else:
-        # Line by line, as a whole it would lose its comments.
-        keys.add_line(line, indent="    ")
+    keys.append(line)
+    keys.multiline(True)
 
 
 def _tenants_of(document: tomlkit.TOMLDocument) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import multiprocessing
@@ -17,11 +18,15 @@ from typing import Any
 import httpx
 import pytest
 
+from ram_core.engine.messages import FailedEvent, Request
+from ram_core.errors import NonFiniteLogits
 from server.commands import serve as command
+from server.generation import Generation
+from server.metrics import Meter, Metrics
 from server.serving import Loaded
 from server.settings import Settings
 from server.tenants.editing import add_tenant, remove_tenant
-from tests.http.standin import PATIENCE_S, TOKENIZER, ScriptedEngine, chat, live, wait_until
+from tests.http.standin import PATIENCE_S, TOKENIZER, ScriptedEngine, chat, live, say, wait_until
 from tests.http.test_cli import assert_one_line, ram
 
 CHAT = "/v1/chat/completions"
@@ -127,3 +132,27 @@ def test_kill_nine_loses_no_request_that_was_answered(tmp_path):
     lines = [json.loads(line) for path in (old, log) for line in path.read_text().splitlines()]
     assert [line["request"] for line in lines] == [*answered, last]
     assert [line["tenant"] for line in lines] == ["acme", *["b"] * 4]
+
+
+@pytest.mark.parametrize("is_failing", [False, True])
+def test_the_end_is_told_before_anybody_hears_of_it(is_failing):
+    """So that what a client has been told of is in the log, whatever happens next."""
+    told = []
+
+    def script(request):
+        texts = say(request, "dog", finish=None if is_failing else "stop")
+        return [*texts, FailedEvent(request.request_id, 0, NonFiniteLogits("NaN."))]
+
+    async def generate():
+        meter = Meter(Metrics("big"), "identity", 0.0)
+        requests = [Request("r", (1, 2))]
+        on_end = lambda generation: told.append(generation.outcome)  # noqa: E731
+        async with Generation(ScriptedEngine(script), TOKENIZER, requests, meter, on_end) as generation:
+            try:
+                async for delta in generation:
+                    assert len(told) == (delta.finish_reason is not None)
+            except NonFiniteLogits:
+                assert told
+
+    asyncio.run(generate())
+    assert told == ["error" if is_failing else "stop"]

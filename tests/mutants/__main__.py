@@ -28,6 +28,7 @@ from tests.mutants.engine import ENGINE_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.resampling import RESAMPLING_MUTANTS
 from tests.mutants.start import START_MUTANTS
+from tests.mutants.tenants import TENANT_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["ram_core", "server", "tests", "pyproject.toml"]
@@ -38,6 +39,7 @@ MUTANTS = [
     *BANK_MUTANTS,
     *START_MUTANTS,
     *BENCH_MUTANTS,
+    *TENANT_MUTANTS,
     *(Mutant(*fields) for fields in SERVER_MUTANTS),
 ]
 _PASSED, _FAILED = 0, 1
