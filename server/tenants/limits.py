@@ -148,7 +148,8 @@ class Ledger:
         """Change the limits; `num_places` sequences fit into the engine. What is in use stays in use."""
         now_s = self.now_s()
         self._limits = limits
-        self._max_sequences = max(1, int(limits.queue_share * num_places))
+        # A tenant that may have all places is refused by the engine alone, which knows when they are taken.
+        self._max_sequences = max(1, int(limits.queue_share * num_places)) if limits.queue_share < 1 else None
         self.requests = _resized(self.requests, limits.requests_per_minute, now_s)
         self.tokens = _resized(self.tokens, limits.tokens_per_minute, now_s)
 
@@ -203,6 +204,8 @@ class Ledger:
         return num_tokens
 
     def _check_sequences(self, num_sequences: int) -> None:
+        if self._max_sequences is None:
+            return
         if num_sequences > self._max_sequences:
             raise InvalidRequest(
                 f"A request may have {self._max_sequences} choices in all, got {num_sequences}.", param="n"

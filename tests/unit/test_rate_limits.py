@@ -80,7 +80,7 @@ def test_a_request_that_never_began_costs_nothing(clock):
 
 
 def test_a_refused_request_takes_nothing(clock):
-    ledger = Ledger(Limits(requests_per_minute=5, tokens_per_minute=100), 2, clock)
+    ledger = Ledger(Limits(requests_per_minute=5, tokens_per_minute=100, queue_share=0.5), 4, clock)
     for refusal, request in (
         (TooManyTokens, wanted(prompt=100, max_tokens=1)),
         (InvalidRequest, wanted(prompt=1, max_tokens=1, n=3)),
@@ -109,6 +109,8 @@ def test_a_tenant_holds_its_share_of_the_places(clock):
     ledger.reserve(wanted(n=1))
     running.settle(0)
     ledger.reserve(Wanted((1, 1, 1), 1, 1, 100))
+    # Who may have them all is the engine's to refuse.
+    Ledger(Limits(), 4, clock).reserve(wanted(n=5))
     # However small its share, a tenant has one place.
     Ledger(Limits(queue_share=0.1), 4, clock).reserve(wanted())
 
