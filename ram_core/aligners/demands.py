@@ -134,12 +134,11 @@ class Demands:
                 version.state = State.DRAINING
                 if not version.num_references and version.key not in wanted:
                     actions.append(free(version))
-            if version.is_queued and version.key not in wanted:
+            elif version.is_queued and version.key not in wanted:
                 version.rest()
-            is_there = version.is_loaded and not version.is_virtual
-            if version.is_withdrawn and not (is_there or version.is_busy):
+            if version.is_withdrawn and not version.is_in_memory and not version.is_busy:
                 self._catalogue.forget(version.key)
-        return actions + self._start()
+        return actions + self._start() if self._pending else actions
 
     def _answer(self, demand: Demand) -> list[Action]:
         """What a demand comes to now: nothing while it waits."""

@@ -10,7 +10,7 @@ earlier one needs; so the oldest demand always gets on. One that fits at once ne
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ram_core.aligners.catalogue import Catalogue, Entry, Shares, normalised
@@ -268,11 +268,11 @@ class AlignerRegistry:
     def status(self) -> tuple[AlignerStatus, ...]:
         """All aligners, by name."""
         entries = self._catalogue.entries
-        return tuple(self._status_of(entries[name]) for name in sorted(entries))
-
-    def _status_of(self, entry: Entry) -> AlignerStatus:
-        moving = self._demands.move_of(entry.name)
         wanted = {key for demand in self._demands for key in demand.keys}
+        return tuple(self._status_of(entries[name], wanted) for name in sorted(entries))
+
+    def _status_of(self, entry: Entry, wanted: Collection[VersionKey]) -> AlignerStatus:
+        moving = self._demands.move_of(entry.name)
         return AlignerStatus(
             name=entry.name,
             shares=entry.shares,

@@ -74,6 +74,11 @@ class Version:
         return self.state in (State.RESIDENT, State.DRAINING) and not self.is_freeing
 
     @property
+    def is_in_memory(self) -> bool:
+        """Whether there are weights of it that a request can begin on."""
+        return self.is_loaded and not self.is_virtual
+
+    @property
     def is_busy(self) -> bool:
         """Whether the executor is at work on it: verifying, loading or freeing."""
         return self.state is State.VERIFYING or self.is_started or self.is_freeing
