@@ -53,8 +53,8 @@ def verify(
 
     Args:
         directory: an aligner's.
-        root: where links may lead to and a LoRA adapter's base may be; by default links stay inside, and
-            the base may be anywhere.
+        root: where it must be itself, where links may lead to and a LoRA adapter's base may be; by default
+            links stay inside, and the base may be anywhere.
         default: what holds if it has no manifest; None takes its name and a hash of all its files.
         proposal: the tokenizer that it must follow; None leaves that open.
         num_proposal_rows: how many logits a token has in the proposal; 0 takes its tokenizer's size.
@@ -109,6 +109,8 @@ class _Verifier:
         with self.log.check("files", "") as words:
             if not self.directory.is_dir():
                 raise CheckpointError(f"`{self.directory}`: no such directory")
+            if self._is_outside(self.directory):
+                raise CheckpointError(f"`{self.directory}` is outside of `{self.root}`")
             self.snapshot = take_snapshot(self.directory, self.root)
             words.append(f"{len(self.snapshot.files)} files, {self.snapshot.num_bytes:,} bytes")
         if self.log.has_failed:
@@ -165,10 +167,14 @@ class _Verifier:
             return _Part(directory, None, directory)
         adapter = read_lora_config(str(directory))
         base = Path(adapter.base).expanduser()
-        if self.root is not None and base.exists() and not base.resolve().is_relative_to(self.root.resolve()):
+        if base.exists() and self._is_outside(base):
             raise CheckpointError(f"its base `{adapter.base}` is outside of `{self.root}`")
         # What the hub has is not downloaded for a look.
         return _Part(directory, adapter, base if base.is_dir() else None)
+
+    def _is_outside(self, path: Path) -> bool:
+        """Whether there is a root, and a path leads out of it."""
+        return self.root is not None and not path.resolve().is_relative_to(self.root.resolve())
 
     def _read_config(self, name: str, model: Path) -> str:
         config = load_config(str(model))

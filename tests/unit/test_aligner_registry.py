@@ -564,3 +564,21 @@ def test_what_is_free_is_given_once_and_protected_ones_stay():
     room = Room(versions, 10)
     assert room.reserve(3, ()) == (True, [])
     assert room.reserve(1, {versions[0].key}) == (False, [versions[1]])
+
+
+def test_an_old_version_stays_for_a_request_that_had_chosen_it_and_still_waits():
+    executor = Executor(max_jobs=3)
+    v1, v2 = polite(executor)
+    other = executor.add("other", "1", 2)
+    executor.acquire("r", "polite", "other")
+    executor.take(executor.registry.promote("polite", "v2"))
+    executor.finish(v2)
+    executor.finish(v2)
+    assert executor.registry.status()[1].shares == {"v2": 1.0}
+    assert executor.state(v1) is State.DRAINING
+    assert v1 not in executor.jobs
+    executor.finish(other)
+    executor.finish(other)
+    assert executor.version_of("r") == "v1"
+    executor.take(executor.registry.release("r"))
+    assert executor.jobs == {v1: "free"}

@@ -268,6 +268,14 @@ def test_links_may_lead_to_other_places_below_a_root(polite):
     verify(polite, root=polite.parent).require_sound()
 
 
+@pytest.mark.parametrize("way", ["other/../../polite", "link"])
+def test_a_directory_outside_of_the_root_is_refused_whatever_the_way_to_it(root, polite, way):
+    (root / "inside" / "other").mkdir(parents=True)
+    (root / "inside" / "link").symlink_to(polite)
+    report = verify(root / "inside" / way, root=root / "inside")
+    assert "is outside of" in failure(report, "files")
+
+
 def test_a_missing_directory_is_one_line(tmp_path):
     assert "no such directory" in failure(verify(tmp_path / "nowhere"), "files")
 
