@@ -6,7 +6,7 @@ from tests.mutants import mutants
 
 _TENANTS = "tests/unit/test_tenants.py"
 _LIMITS = "tests/unit/test_rate_limits.py"
-_HTTP = "tests/http/test_tenants.py"
+_HTTP = "tests/http/test_tenants_over_http.py"
 _RUNNING = "tests/http/test_tenants_from_start_to_end.py"
 
 TENANT_MUTANTS = [

@@ -582,3 +582,29 @@ def test_an_old_version_stays_for_a_request_that_had_chosen_it_and_still_waits()
     assert executor.version_of("r") == "v1"
     executor.take(executor.registry.release("r"))
     assert executor.jobs == {v1: "free"}
+
+
+def test_who_waits_for_files_that_are_withdrawn_is_told(executor):
+    executor.add("busy", "1")
+    executor.acquire("first", "busy")
+    executor.add("polite", "v1")
+    executor.acquire("waits", "polite")
+    executor.take(executor.registry.withdraw("polite", "v1"))
+    assert "has been removed" in str(executor.answers["waits"])
+    executor.finish_all()
+    assert [aligner.name for aligner in executor.registry.status()] == ["busy"]
+
+
+def test_a_version_is_used_until_its_last_request_ends(executor):
+    a, b = load_all(executor, "a", "b")
+    for passed_s, name in ((1, "a"), (2, "b")):
+        executor.now_s += passed_s
+        executor.acquire(name, name)
+    executor.take(executor.registry.release("b"))
+    executor.now_s += 1
+    executor.take(executor.registry.release("a"))
+    executor.add("c", "1", 4)
+    executor.acquire("r", "c")
+    executor.finish(VersionKey("c", "1"))
+    assert executor.jobs == {b: "free"}
+    assert executor.state(a) is State.RESIDENT
