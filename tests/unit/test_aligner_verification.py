@@ -231,11 +231,6 @@ def bring(name: str) -> Callable[[Path], None]:
     return change
 
 
-def rename_a_pickle(directory: Path) -> None:
-    bring("inner/weights.bin")(directory)
-    (directory / "weights.txt").symlink_to("inner/weights.bin")
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -249,7 +244,6 @@ def rename_a_pickle(directory: Path) -> None:
         (bring("pytorch_model.bin"), "pickled"),
         (bring("MODEL.PT"), "pickled"),
         (bring("inner/x.ckpt"), "pickled"),
-        (rename_a_pickle, "pickled"),
         (bring("modeling.py"), "code"),
         (bring(".hidden/modeling.py"), "code"),
     ],
@@ -261,6 +255,12 @@ def test_nothing_is_read_where_something_lies_that_must_not(polite, change, reas
     assert outcomes(report) == {"files": "failed", "manifest": "skipped"}
     with pytest.raises(CheckpointError, match=reason):
         pack(polite, Wishes())
+
+
+def test_a_link_gives_no_harmless_name_to_a_pickle(root, polite):
+    (root / "shared.bin").write_bytes(b"x")
+    (polite / "shared.txt").symlink_to(root / "shared.bin")
+    assert "pickled" in failure(verify(polite, root=root), "files")
 
 
 def test_links_may_lead_to_other_places_below_a_root(polite):
