@@ -75,9 +75,12 @@ def test_what_is_written_is_read_again_and_is_always_the_same_text(tmp_path):
     )
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
-    shuffled = parse_manifest(
-        json.dumps(dict(reversed(json.loads(manifest_bytes(manifest)).items()))).encode(), "here"
-    )
+    raw = json.loads(manifest_bytes(manifest))
+    turned = {
+        key: dict(reversed(value.items())) if isinstance(value, dict) else value
+        for key, value in reversed(raw.items())
+    }
+    shuffled = parse_manifest(json.dumps(turned).encode(), "here")
     assert manifest_bytes(shuffled) == manifest_bytes(manifest) == (tmp_path / MANIFEST_FILE).read_bytes()
     assert manifest.parts == (".", "./before")
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_FILE]
@@ -352,6 +355,20 @@ def link_out(root: Path) -> Path:
     return root / "polite"
 
 
+def link_versions_out(root: Path) -> Path:
+    outside = root.parent / f"{root.name}-outside"
+    write_packed(outside / "v1", "polite", "v1")
+    (root / "polite").symlink_to(outside)
+    return root / "polite"
+
+
+def link_a_version_out(root: Path) -> Path:
+    outside = write_packed(root.parent / f"{root.name}-outside", "polite", "v1")
+    (root / "polite").mkdir()
+    (root / "polite" / "v1").symlink_to(outside)
+    return root / "polite" / "v1"
+
+
 def link_a_file_out(root: Path) -> Path:
     directory = write_packed(root / "polite", "polite", "v1")
     secret = root.parent / f"{root.name}-secret"
@@ -371,6 +388,8 @@ def reserve(root: Path) -> Path:
         (mislabel, "its path says `polite` v1"),
         (misname, "its path says `rude`"),
         (link_out, "leads out"),
+        (link_versions_out, "leads out"),
+        (link_a_version_out, "leads out"),
         (link_a_file_out, "leads out"),
         (reserve, "meaning of its own"),
     ],
