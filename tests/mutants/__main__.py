@@ -22,6 +22,7 @@ import pytest
 
 from tests.http.mutants import SERVER_MUTANTS
 from tests.mutants import Mutant
+from tests.mutants.aligners import ALIGNER_MUTANTS
 from tests.mutants.bank import BANK_MUTANTS
 from tests.mutants.bench import BENCH_MUTANTS
 from tests.mutants.engine import ENGINE_MUTANTS
@@ -40,6 +41,7 @@ MUTANTS = [
     *START_MUTANTS,
     *BENCH_MUTANTS,
     *TENANT_MUTANTS,
+    *ALIGNER_MUTANTS,
     *(Mutant(*fields) for fields in SERVER_MUTANTS),
 ]
 _PASSED, _FAILED = 0, 1
