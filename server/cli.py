@@ -72,7 +72,7 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, …")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, …")] = None,
     quantization: Annotated[str | None, typer.Option(help="Weights as none, int8, int4, fp8.")] = None,
-    attention: Annotated[str | None, typer.Option(help="auto, triton, torch or flash_attn.")] = None,
+    attention: Annotated[str | None, typer.Option(help="auto, triton, torch or an extra's name.")] = None,
     tensor_parallel: Annotated[int | None, typer.Option(help="GPUs that share the proposal.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Room for keys and values, such as 2GiB.")] = None,

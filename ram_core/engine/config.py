@@ -26,8 +26,8 @@ class EngineConfig:
     being written, at most `max_chunk_tokens` of them are of prompts (0: 2048 on CUDA, 64 on CPU), so that a
     long prompt delays nobody's next token by much.
 
-    `attention` is computed by "triton", "torch" or "flash_attn"; "auto" takes Triton's kernels on CUDA and
-    PyTorch elsewhere.
+    `attention` is computed by "triton", "torch", "flash_attn" or "flashinfer"; "auto" takes Triton's kernels
+    on CUDA and PyTorch elsewhere.
 
     `quantization` stores the proposal's weights as int8, int4 or fp8 while it loads them (none: as they are).
     `tensor_parallel` processes, begun by torchrun, share the proposal's layers, a device each.

@@ -30,6 +30,7 @@ from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory,
 from ram_core.engine.scheduler import ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
 from ram_core.errors import EngineOutOfMemory, NonFiniteLogits
+from ram_core.models.backends import can_be_recorded
 from ram_core.params import AlignerTerm
 from ram_core.resampling import warm_up
 
@@ -63,7 +64,8 @@ class Engine:
             max_step_tokens=config.max_step_tokens or step_tokens,
             max_chunk_tokens=config.max_chunk_tokens or chunk_tokens,
         )
-        self._has_graphs = device == "cuda" if config.cuda_graphs is None else config.cuda_graphs
+        has_graphs = device == "cuda" if config.cuda_graphs is None else config.cuda_graphs
+        self._has_graphs = has_graphs and can_be_recorded(bank.proposal.attention)
         self._runner = Runner(bank, num_slots=config.max_batch, shapes=self._shapes())
         is_overlapping = device == "cuda" if config.is_overlapping is None else config.is_overlapping
         self._max_in_flight = int(is_overlapping)

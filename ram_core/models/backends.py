@@ -12,7 +12,7 @@ from ram_core.models.attention import AttentionBackend, PagedAttention
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch
 
-ATTENTION_KINDS = ("auto", "triton", "torch", "flash_attn")
+ATTENTION_KINDS = ("auto", "triton", "torch", "flash_attn", "flashinfer")
 """What can be asked for; "auto" is Triton's kernels on CUDA where Triton is installed, else PyTorch."""
 
 _FLASH_PAGE_SIZE = 256
@@ -47,6 +47,11 @@ def least_page_size(kind: str) -> int:
     return _FLASH_PAGE_SIZE if kind == "flash_attn" else 1
 
 
+def can_be_recorded(kind: str) -> bool:
+    """Whether a forward with this attention never waits for the device."""
+    return kind != "flashinfer"
+
+
 def choose_backend(batch: PackedBatch, pool: KvPool, kind: str = "auto") -> AttentionBackend:
     """What serves the attention layers of one forward."""
     if kind == "auto":
@@ -60,6 +65,10 @@ def choose_backend(batch: PackedBatch, pool: KvPool, kind: str = "auto") -> Atte
         from ram_core.models.flash_attention import FlashAttention
 
         return FlashAttention(batch, pool)
+    if kind == "flashinfer":
+        from ram_core.models.flashinfer_attention import FlashInferAttention
+
+        return FlashInferAttention(batch, pool)
     return PagedAttention(batch, pool)
 
 

@@ -69,7 +69,7 @@ def grouped_linear_triton(
     *,
     add_to: Tensor | None = None,
 ) -> Tensor:
-    """See `grouped_linear`; sums in float32. `weight` must be contiguous, and so must the rows of `add_to`."""
+    """See `grouped_linear`; sums in float32. `weight` and the rows of `add_to` must be contiguous."""
     x = x.contiguous()
     num_rows, (num_slots, num_columns, depth) = len(x), weight.shape
     out = torch.empty(num_rows, num_columns, dtype=x.dtype, device=x.device) if add_to is None else add_to

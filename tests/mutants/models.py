@@ -129,6 +129,13 @@ MODEL_MUTANTS = [
         ('model.device.type == "cuda" and ', ""),
     ),
     *mutants(
+        "ram_core/models/flashinfer_attention.py",
+        "tests/unit/test_backends.py",
+        ("num_pages = -(-contexts // batch.page_size)", "num_pages = contexts // batch.page_size + 1"),
+        ("(num_pages - 1) * batch.page_size", "num_pages * batch.page_size"),
+        ("torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)", "lengths.cumsum(0)"),
+    ),
+    *mutants(
         "ram_core/models/backends.py",
         "tests/unit/test_backends.py",
         ('return "triton" if device.type == "cuda" and', 'return "triton" if'),

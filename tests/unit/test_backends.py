@@ -10,10 +10,12 @@ import torch
 
 from ram_core.engine.bank import load_bank
 from ram_core.engine.config import AlignerSource, EngineConfig
+from ram_core.engine.engine import Engine
 from ram_core.errors import CheckpointError
 from ram_core.models import backends
 from ram_core.models.attention import PagedAttention
-from ram_core.models.backends import choose_backend, least_page_size, resolve_attention
+from ram_core.models.backends import can_be_recorded, choose_backend, least_page_size, resolve_attention
+from ram_core.models.flashinfer_attention import RowPages
 from ram_core.models.kv import KvGeometry, KvPool, LayerShape
 from ram_core.models.packing import Row, pack
 from tests.models import save_pair
@@ -23,7 +25,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    packages = {"triton", "flash_attn"}
+    packages = {"triton", "flash_attn", "flashinfer"}
     monkeypatch.setattr(backends, "_is_installed", lambda package: package in packages)
     return packages
 
@@ -38,7 +40,7 @@ def test_auto_is_tritons_kernels_on_cuda_where_triton_is(installed: set[str]) ->
 @pytest.mark.parametrize(
     ("name", "device", "page_size", "reason"),
     [
-        ("flash", CUDA, 16, "`attention` must be auto, triton, torch, flash_attn, got 'flash'"),
+        ("flash", CUDA, 16, "`attention` must be auto, triton, torch, flash_attn, flashinfer, got 'flash'"),
         ("triton", CPU, 16, "`attention` is 'triton', which needs CUDA, but `device` is `cpu`"),
         ("flash_attn", CUDA, 16, "a `page_size` that is a multiple of 256, got 16"),
     ],
@@ -50,7 +52,7 @@ def test_what_cannot_be_had_is_refused(
         resolve_attention(name, device, page_size)
 
 
-@pytest.mark.parametrize("name", ["triton", "flash_attn"])
+@pytest.mark.parametrize("name", ["triton", "flash_attn", "flashinfer"])
 def test_a_package_that_is_not_there_is_named(installed: set[str], name: str) -> None:
     assert resolve_attention(name, CUDA, 512) == name
     installed.remove(name)
@@ -64,6 +66,25 @@ def test_the_reference_serves_where_nothing_is_said() -> None:
     assert isinstance(choose_backend(batch, pool), PagedAttention)
     assert isinstance(choose_backend(batch, pool, "torch"), PagedAttention)
     assert [least_page_size(kind) for kind in ("torch", "triton", "flash_attn")] == [1, 1, 256]
+
+
+def test_flashinfer_is_told_where_each_rows_pages_are() -> None:
+    rows = [Row([1], 16, [5, 3, 9]), Row([1], 0, [7]), Row([1, 2, 3], 29, [2, 4])]
+    told = RowPages.of(pack(rows, page_size=16, device=CPU))
+    assert told.query_starts.tolist() == [0, 1, 2, 5]
+    assert told.page_starts.tolist() == [0, 2, 3, 5]
+    assert told.pages.tolist() == [5, 3, 7, 2, 4]
+    assert told.last_lens.tolist() == [1, 1, 16]
+    assert {each.dtype for each in told} == {torch.int32}
+
+
+def test_what_waits_for_the_device_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    proposal, _ = save_pair(tmp_path, "llama", aligners=[])
+    config = EngineConfig(str(proposal), device="cpu", cuda_graphs=True)
+    assert Engine.load(config)._has_graphs
+    monkeypatch.setattr("ram_core.engine.engine.can_be_recorded", lambda kind: kind != "torch")
+    assert not Engine.load(config)._has_graphs
+    assert [can_be_recorded(kind) for kind in ("triton", "flash_attn", "flashinfer")] == [True, True, False]
 
 
 def test_an_engine_gives_its_models_the_attention_that_it_was_asked_for(tmp_path: Path) -> None:
