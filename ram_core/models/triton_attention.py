@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int32
 from torch import Tensor
+from triton import next_power_of_2
 
 from ram_core.models.attention import AttentionOptions
 from ram_core.models.attention_kernels import attend_tile, join_splits, write_kv
@@ -57,11 +58,11 @@ class Blocks:
     @classmethod
     def of(cls, longest: int, group: int, key_dim: int, value_dim: int, itemsize: int) -> Blocks:
         """For rows of up to `longest` tokens; matrix units want 16 lines at least, and powers of two."""
-        key, value = (max(16, _power_of_two(dim)) for dim in (key_dim, value_dim))
+        key, value = (max(16, next_power_of_2(dim)) for dim in (key_dim, value_dim))
         # Matrix units take a float32 in two parts, and both have to be held.
         width = itemsize if itemsize < 4 else 2 * itemsize
         lines = min(_MAX_QUERY_LINES, _floor_power_of_two(_QUERY_BYTES // (width * key)))
-        query = max(16, _power_of_two(min(longest * group, max(group, lines))))
+        query = max(16, next_power_of_2(min(longest * group, max(group, lines))))
         tokens = max(16, min(64, _floor_power_of_two(_BLOCK_BYTES // (width * (key + value)))))
         return cls(query // group, query, tokens, key, value)
 
@@ -140,8 +141,8 @@ class TritonAttention:
             num_kv_heads=num_kv_heads,
             key_dim=key_dim,
             value_dim=value.shape[-1],
-            block_key=_power_of_two(num_kv_heads * key_dim),
-            block_value=_power_of_two(num_kv_heads * value.shape[-1]),
+            block_key=next_power_of_2(num_kv_heads * key_dim),
+            block_value=next_power_of_2(num_kv_heads * value.shape[-1]),
             num_warps=4,
         )
 
@@ -211,7 +212,7 @@ def _constants_of(keys: Tensor, values: Tensor, options: AttentionOptions) -> di
         "value_dim": values.shape[-1],
         "page_size": page_size,
         "page_bits": page_size.bit_length() - 1,
-        "has_page_bits": page_size == _power_of_two(page_size),
+        "has_page_bits": page_size == next_power_of_2(page_size),
         "scale": key_dim**-0.5 if options.scaling is None else options.scaling,
         "softcap": options.softcap or 0.0,
         "window": options.window or 0,
@@ -249,8 +250,8 @@ def _join(found: Tensor, log_sums: Tensor, out: Tensor, rows: RowRange) -> None:
         num_heads=num_heads,
         value_dim=value_dim,
         num_splits=num_splits,
-        block_splits=_power_of_two(num_splits),
-        block_value=_power_of_two(value_dim),
+        block_splits=next_power_of_2(num_splits),
+        block_value=next_power_of_2(value_dim),
         num_warps=4,
     )
 
@@ -258,11 +259,6 @@ def _join(found: Tensor, log_sums: Tensor, out: Tensor, rows: RowRange) -> None:
 def _dense(tensor: Tensor) -> Tensor:
     """With the numbers of a head side by side, as kernels read them."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _power_of_two(size: int) -> int:
-    """The next one that is not smaller."""
-    return 1 << (size - 1).bit_length()
 
 
 def _floor_power_of_two(size: int) -> int:
