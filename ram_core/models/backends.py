@@ -6,9 +6,10 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from torch import Tensor
 
 from ram_core.errors import CheckpointError
-from ram_core.models.attention import AttentionBackend, PagedAttention
+from ram_core.models.attention import AttentionBackend, AttentionOptions, PagedAttention
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch
 
@@ -50,6 +51,18 @@ def least_page_size(kind: str) -> int:
 def can_be_recorded(kind: str) -> bool:
     """Whether a forward with this attention never waits for the device."""
     return kind != "flashinfer"
+
+
+def check_package_can(name: str, query: Tensor, options: AttentionOptions) -> None:
+    """Refuse what none of the packages that are extras computes.
+
+    Raises:
+        CheckpointError: attention sinks, or other than 16 bits.
+    """
+    if options.sinks is not None:
+        raise CheckpointError(f"`attention` {name!r} knows no attention sinks; use 'triton'")
+    if query.dtype not in (torch.float16, torch.bfloat16):
+        raise CheckpointError(f"`attention` {name!r} computes in 16 bits, not in {query.dtype}")
 
 
 def choose_backend(batch: PackedBatch, pool: KvPool, kind: str = "auto") -> AttentionBackend:

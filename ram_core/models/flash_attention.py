@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import AttentionOptions
+from ram_core.models.backends import check_package_can
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch, ready_to_send
 
@@ -61,11 +62,8 @@ class FlashAttention:
 
 
 def _check(query: Tensor, value: Tensor, options: AttentionOptions) -> None:
+    check_package_can("flash_attn", query, options)
     dim = query.shape[-1]
-    if options.sinks is not None:
-        raise CheckpointError("`attention` 'flash_attn' knows no attention sinks; use 'triton'")
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        raise CheckpointError(f"`attention` 'flash_attn' computes in 16 bits, not in {query.dtype}")
     if dim != value.shape[-1] or dim % 8 or dim > _MAX_HEAD_DIM:
         raise CheckpointError(
             f"`attention` 'flash_attn' needs heads of one size, a multiple of 8 up to {_MAX_HEAD_DIM}, "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import AttentionOptions
+from ram_core.models.backends import check_package_can
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch
 
@@ -90,11 +91,8 @@ class FlashInferAttention:
 
 
 def _check(query: Tensor, value: Tensor, options: AttentionOptions) -> None:
+    check_package_can("flashinfer", query, options)
     dim = query.shape[-1]
-    if options.sinks is not None:
-        raise CheckpointError("`attention` 'flashinfer' knows no attention sinks; use 'triton'")
-    if query.dtype not in (torch.float16, torch.bfloat16):
-        raise CheckpointError(f"`attention` 'flashinfer' computes in 16 bits, not in {query.dtype}")
     if dim != value.shape[-1] or dim not in _HEAD_DIMS:
         raise CheckpointError(
             f"`attention` 'flashinfer' needs heads of one size, {', '.join(map(str, _HEAD_DIMS))}, "

@@ -13,9 +13,9 @@ from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.errors import CheckpointError
 from ram_core.models import backends
-from ram_core.models.attention import PagedAttention
+from ram_core.models.attention import AttentionOptions, PagedAttention
 from ram_core.models.backends import can_be_recorded, choose_backend, least_page_size, resolve_attention
-from ram_core.models.flashinfer_attention import RowPages
+from ram_core.models.flashinfer_attention import FlashInferAttention, RowPages
 from ram_core.models.kv import KvGeometry, KvPool, LayerShape
 from ram_core.models.packing import Row, pack
 from tests.models import save_pair
@@ -76,6 +76,27 @@ def test_flashinfer_is_told_where_each_rows_pages_are() -> None:
     assert told.pages.tolist() == [5, 3, 7, 2, 4]
     assert told.last_lens.tolist() == [1, 1, 16]
     assert {each.dtype for each in told} == {torch.int32}
+
+
+@pytest.mark.parametrize(
+    ("query", "options", "reason"),
+    [
+        (
+            torch.ones(1, 1, 64).half(),
+            AttentionOptions(sinks=torch.ones(1)),
+            "'flashinfer' knows no attention",
+        ),
+        (torch.ones(1, 1, 64), AttentionOptions(), "'flashinfer' computes in 16 bits, not in torch.float32"),
+        (torch.ones(1, 1, 48).half(), AttentionOptions(), "heads of one size, 64, 128, 256, got 48 and 48"),
+    ],
+)
+def test_what_flashinfer_does_not_know_is_refused(
+    query: torch.Tensor, options: AttentionOptions, reason: str
+) -> None:
+    pool = KvPool(KvGeometry((LayerShape(1, 64, 64),), torch.float16), 2, 16, CPU)
+    backend = FlashInferAttention(pack([Row([1], 0, [1])], page_size=16, device=CPU), pool)
+    with pytest.raises(CheckpointError, match=reason):
+        backend.attend(0, query, query, query, options)
 
 
 def test_what_waits_for_the_device_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
