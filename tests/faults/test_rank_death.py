@@ -49,7 +49,10 @@ def test_a_shared_proposal_is_served_and_outlives_the_death_of_a_rank(tmp_path: 
     assert asyncio.run(tokens()) == alone
     [follower] = children(engine.pid)
     engine.end()
-    assert not is_alive(follower)
+    until_s = time.monotonic() + PATIENCE_S
+    while is_alive(follower):  # the kernel ends it once its parent is gone, which takes a moment
+        assert time.monotonic() < until_s
+        time.sleep(0.05)
     with pytest.raises(EngineUnavailable):
         asyncio.run(tokens())
 
