@@ -39,7 +39,9 @@ def create_app(settings: Settings, loaded: Loaded | None = None) -> FastAPI:
         serving.open(loaded)
     for module in (chat, completions, models, health, metrics, version):
         app.include_router(module.router)
-    app.add_middleware(KeyMiddleware, tenants=serving.tenants, metrics_access=settings.metrics_access)
+    app.add_middleware(
+        KeyMiddleware, tenants=serving.tenants, doors=serving.doors, metrics_access=settings.metrics_access
+    )
     # The last one is the outermost: refusals have ids and are counted, too.
     app.add_middleware(AnswerMiddleware, metrics=serving.metrics)
     app.add_exception_handler(ApiError, _answer_error)

@@ -86,6 +86,13 @@ def serve(
     cuda_graphs: Annotated[
         bool | None, typer.Option("--cuda-graphs/--no-cuda-graphs", help="Capture steps on CUDA.")
     ] = None,
+    admin_host: Annotated[str | None, typer.Option(help="Where the admin's own port is bound.")] = None,
+    admin_port: Annotated[
+        int | None, typer.Option(help="A port for the admin API alone; 0 takes a free one.")
+    ] = None,
+    vllm_lora_api: Annotated[
+        bool, typer.Option("--vllm-lora-api", help="vLLM's paths that load and unload adapters, too.")
+    ] = False,
     tenants_file: Annotated[Path | None, typer.Option(help="Who may call; see `ram tenant`.")] = None,
     allow_anonymous: Annotated[
         bool, typer.Option("--allow-anonymous", help="Without keys, serve others than this machine, too.")
@@ -113,6 +120,9 @@ def serve(
             default_aligner=default_aligner,
             host=host,
             port=port,
+            admin_host=admin_host,
+            admin_port=admin_port,
+            vllm_lora_api=vllm_lora_api or None,
             tenants_file=tenants_file,
             allow_anonymous=allow_anonymous or None,
             usage_log=usage_log,

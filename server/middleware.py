@@ -12,9 +12,17 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.metrics import Metrics
-from server.openai.errors import HUNG_UP, ApiError, no_key, not_for_tenants, to_api_error
+from server.openai.errors import (
+    HUNG_UP,
+    ApiError,
+    no_key,
+    not_for_tenants,
+    not_from_afar,
+    of_router,
+    to_api_error,
+)
 from server.settings import MetricsAccess
-from server.tenants.access import Need, bearer_key, is_loopback, need_of
+from server.tenants.access import Doors, Need, bearer_key, is_from_here, is_loopback, need_of
 from server.tenants.tenants import Caller, Tenants
 
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
@@ -63,9 +71,10 @@ class AnswerMiddleware:
 class KeyMiddleware:
     """Lets nobody in without a key, tells the routes who calls, and the caller what is left of its limits."""
 
-    def __init__(self, app: ASGIApp, tenants: Tenants, metrics_access: MetricsAccess) -> None:
+    def __init__(self, app: ASGIApp, tenants: Tenants, doors: Doors, metrics_access: MetricsAccess) -> None:
         self._app = app
         self._tenants = tenants
+        self._doors = doors
         self._metrics_access = metrics_access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,11 +88,13 @@ class KeyMiddleware:
             answer = JSONResponse(refusal.body, status_code=refusal.status, headers=refusal.headers)
             await answer(scope, receive, send)
             return
+        # A second lock: admins' routes open to no path that was taken for another one's here.
+        scope.setdefault("state", {})["is_admin"] = need_of(scope["path"]) is Need.ADMIN
         if caller is None:
             await self._app(scope, receive, send)
             return
         ledger = caller.ledger
-        scope.setdefault("state", {})["caller"] = caller
+        scope["state"]["caller"] = caller
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -93,21 +104,41 @@ class KeyMiddleware:
         await self._app(scope, receive, send_with_headers)
 
     def _refusal(self, scope: Scope, key: bytes | None, caller: Caller | None) -> ApiError | None:
-        need = need_of(scope["path"])
-        if need is Need.NOTHING or (need is Need.TENANT and caller is not None):
-            return None
-        if need is Need.METRICS:
-            if self._may_see_metrics(scope, key):
+        path = scope["path"]
+        if not self._doors.leads_to(path, _port(scope)):
+            return of_router(404, scope["method"], path[:200])
+        match need_of(path):
+            case Need.NOTHING:
                 return None
-            if caller is not None and not caller.is_anybody:
-                return not_for_tenants()
-        return no_key(key is not None)
+            case Need.TENANT:
+                return None if caller is not None else no_key(key is not None)
+            case Need.METRICS:
+                is_let_in = self._may_see_metrics(scope, key)
+            case Need.ADMIN if not self._tenants.has_keys:
+                return None if _is_from_here(scope) else not_from_afar()
+            case Need.ADMIN:
+                is_let_in = self._tenants.is_admin(key)
+        if is_let_in:
+            return None
+        is_tenant = caller is not None and not caller.is_anybody
+        return not_for_tenants() if is_tenant else no_key(key is not None)
 
     def _may_see_metrics(self, scope: Scope, key: bytes | None) -> bool:
         if self._metrics_access == "open" or not self._tenants.has_keys or self._tenants.is_admin(key):
             return True
         client = scope.get("client")
         return self._metrics_access == "loopback" and client is not None and is_loopback(client[0])
+
+
+def _is_from_here(scope: Scope) -> bool:
+    client = scope.get("client")
+    return is_from_here(client[0] if client else None, Headers(scope=scope))
+
+
+def _port(scope: Scope) -> int | None:
+    """The port that the connection came to, whatever its `Host` header says."""
+    server = scope.get("server")
+    return server[1] if server is not None else None
 
 
 def _request_id(given: str) -> str:

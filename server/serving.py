@@ -11,6 +11,7 @@ from ram_core.errors import EngineUnavailable
 from server.metrics import Metrics
 from server.openai.convert import ModelNames
 from server.settings import Settings, SettingsError
+from server.tenants.access import Doors
 from server.tenants.tenants import Tenants
 from server.tenants.usage import UsageLog, UsageLogError
 
@@ -34,6 +35,7 @@ class Serving:
         self.settings = settings
         self.metrics = Metrics(settings.model_name)
         self.tenants = Tenants(settings)
+        self.doors = Doors(settings.admin_port, settings.vllm_lora_api)
         self.usage_log = self._open_usage_log()
         self.created_s = int(time.time())
         self.is_draining = False

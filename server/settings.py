@@ -86,6 +86,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    admin_host: str = "127.0.0.1"
+    admin_port: int | None = Field(default=None, ge=0, le=65535)
+    vllm_lora_api: bool = False
     max_body_bytes: Size = 4 * 2**20
     ping_s: float = Field(default=15.0, gt=0)
     send_timeout_s: float = Field(default=60.0, gt=0)

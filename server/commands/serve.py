@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -71,9 +71,10 @@ def run(settings: Settings) -> None:
     """
     config = settings.engine_config()
     begin_logging(settings.log_level.upper())
-    with bind(settings.host, settings.port) as listener, _signals_end_serving():
-        _check_who_may_come(settings, listener)
-        is_loaded = asyncio.run(_serve(settings, config, listener))
+    with ExitStack() as exits:
+        listeners = [exits.enter_context(listener) for listener in _bind_all(settings)]
+        exits.enter_context(_signals_end_serving())
+        is_loaded = asyncio.run(_serve(settings, config, listeners))
     if not is_loaded:
         # A thread still reads weights and cannot be stopped; nothing else is left to do.
         os._exit(0)
@@ -91,7 +92,18 @@ def _signals_end_serving() -> Iterator[None]:
             signal.signal(sig, handler)
 
 
-def bind(host: str, port: int) -> socket.socket:
+def _bind_all(settings: Settings) -> Iterator[socket.socket]:
+    """The public port, and the admin's own if there is one; raises `SettingsError` if that cannot be."""
+    listener = bind(settings.host, settings.port)
+    yield listener
+    _check_who_may_come(settings, listener)
+    if settings.admin_port is not None:
+        admin_listener = bind(settings.admin_host, settings.admin_port, flag="--admin-port")
+        yield admin_listener
+        _check_admin_port(settings, listener, admin_listener)
+
+
+def bind(host: str, port: int, *, flag: str = "--port") -> socket.socket:
     """A socket that nobody else has; raises `SettingsError` if that cannot be."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -105,7 +117,7 @@ def bind(host: str, port: int) -> socket.socket:
             raise
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise SettingsError(f"Port {port} of {host} is in use; choose another with --port.") from None
+            raise SettingsError(f"Port {port} of {host} is in use; choose another with {flag}.") from None
         raise SettingsError(f"Cannot listen on {host}, port {port}: {error.strerror or error}.") from None
     return listener
 
@@ -120,10 +132,22 @@ def _check_who_may_come(settings: Settings, listener: socket.socket) -> None:
         )
 
 
-async def _serve(settings: Settings, config: EngineConfig, listener: socket.socket) -> bool:
+def _check_admin_port(settings: Settings, listener: socket.socket, admin_listener: socket.socket) -> None:
+    """Raise `SettingsError` if others than this machine's users could be admins, or callers."""
+    host, port = admin_listener.getsockname()[:2]
+    if port == listener.getsockname()[1]:
+        # They are told apart by their numbers alone.
+        raise SettingsError(f"`admin_port` and `port` are both {port}; choose another with --admin-port.")
+    if not is_loopback(host) and not (settings.admin_key and settings.admin_key.get_secret_value()):
+        raise SettingsError(f"An admin's port on {host} needs an admin's key: RAM_ADMIN_KEY.")
+
+
+async def _serve(settings: Settings, config: EngineConfig, listeners: list[socket.socket]) -> bool:
     """Return whether the models had been loaded when the end came."""
     app = create_app(settings)
     serving: Serving = app.state.serving
+    if settings.admin_port is not None:
+        serving.doors.admin_port = listeners[1].getsockname()[1]
     uvicorn_config = uvicorn.Config(
         app,
         log_level="info" if settings.log_level == "debug" else "warning",
@@ -134,7 +158,7 @@ async def _serve(settings: Settings, config: EngineConfig, listener: socket.sock
     server = GracefulServer(uvicorn_config, serving)
     if settings.tenants_file or settings.usage_log:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, serving.reload)
-    answering = asyncio.create_task(server.serve(sockets=[listener]))
+    answering = asyncio.create_task(server.serve(sockets=listeners))
     loading = _load_in_thread(config, settings.engine)
     await asyncio.wait((answering, loading), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
@@ -142,7 +166,7 @@ async def _serve(settings: Settings, config: EngineConfig, listener: socket.sock
         return False
     try:
         serving.open(loading.result())
-        _print_banner(settings, serving, listener)
+        _print_banner(settings, serving, listeners)
     except BaseException:
         server.should_exit = True
         await answering
@@ -212,9 +236,8 @@ def _print_progress(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _print_banner(settings: Settings, serving: Serving, listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+def _print_banner(settings: Settings, serving: Serving, listeners: list[socket.socket]) -> None:
+    host, url = listeners[0].getsockname()[0], _url_of(listeners[0])
     names = serving.names
     aligner = names.aligners[0] if names.aligners else names.proposal
     console = Console(soft_wrap=True, highlight=False)
@@ -222,6 +245,7 @@ def _print_banner(settings: Settings, serving: Serving, listener: socket.socket)
     console.print(f"  proposal  {settings.model_name}", markup=False)
     console.print(f"  aligners  {', '.join(names.aligners) or 'none'}", markup=False)
     console.print(f"  open to   {_who_may_come(serving, host)}", markup=False)
+    console.print(f"  admin     {_who_is_admin(serving, listeners[-1])}", markup=False)
     console.print("\nTry this:")
     key = "" if serving.tenants.is_open else " -H 'Authorization: Bearer KEY'"
     console.print(
@@ -230,6 +254,20 @@ def _print_banner(settings: Settings, serving: Serving, listener: socket.socket)
         markup=False,
     )
     console.print(f"  ram chat --url {url}\n", markup=False)
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _who_is_admin(serving: Serving, listener: socket.socket) -> str:
+    """Who may load and promote aligners, and where."""
+    if not serving.tenants.has_keys:
+        who = "everybody on this machine, without a key"
+    else:
+        who = "the admin, by its key" if serving.tenants.has_admin else "nobody, as RAM_ADMIN_KEY is not set"
+    return f"{who}, at {_url_of(listener)}" if serving.doors.admin_port is not None else who
 
 
 def _who_may_come(serving: Serving, host: str) -> str:

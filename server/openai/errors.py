@@ -128,6 +128,12 @@ def not_for_tenants() -> ApiError:
     return ApiError(403, "This needs the admin's key.", code="insufficient_permissions")
 
 
+def not_from_afar() -> ApiError:
+    """What others hear than the machine's own users where there is no admin's key to ask for."""
+    message = "Without an admin's key (RAM_ADMIN_KEY), this is open to programs of this machine alone."
+    return ApiError(403, message, code="insufficient_permissions")
+
+
 _ROUTER_CODES = {404: "unknown_url", 405: "method_not_allowed"}
 
 

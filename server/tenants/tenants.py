@@ -71,6 +71,11 @@ class Tenants:
         return not self.is_open or self._admin_key is not None
 
     @property
+    def has_admin(self) -> bool:
+        """Whether there is an admin's key."""
+        return self._admin_key is not None
+
+    @property
     def num_tenants(self) -> int:
         return len(self._book.tenants)
 

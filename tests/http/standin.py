@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import queue
+import socket
 import threading
 import time
 from collections import Counter
@@ -181,28 +182,31 @@ class ScriptedEngine:
 class LiveServer:
     """A server on a port of its own, and the engine behind it."""
 
-    def __init__(self, url: str, app: Any, engine: Any) -> None:
+    def __init__(self, url: str, app: Any, engine: Any, admin_url: str = "") -> None:
         self.url = url
+        self.admin_url = admin_url or url
         self.app = app
         self.engine = engine
 
 
 @contextlib.contextmanager
 def live(engine: Any, tokenizer: Any = TOKENIZER, **settings: Any) -> Iterator[LiveServer]:
-    """Serve an engine until the block is left."""
+    """Serve an engine until the block is left; an `admin_port` must be 0."""
     loaded = None if engine is None else Loaded(engine, tokenizer)
     app = create_app(Settings(served_model_name="big", **settings), loaded)
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", ws="none")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(1 + ("admin_port" in settings))]
+    urls = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in sockets]
+    if "admin_port" in settings:
+        app.state.serving.doors.admin_port = sockets[1].getsockname()[1]
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     deadline = time.monotonic() + PATIENCE_S
     while not server.started and time.monotonic() < deadline:
         time.sleep(0.002)
     assert server.started, "the server did not start"
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield LiveServer(f"http://127.0.0.1:{port}", app, engine)
+        yield LiveServer(urls[0], app, engine, urls[-1])
     finally:
         server.should_exit = True
         thread.join(PATIENCE_S)

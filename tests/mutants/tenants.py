@@ -74,7 +74,7 @@ TENANT_MUTANTS = [
     *mutants(
         "server/middleware.py",
         _HTTP,
-        ("need is Need.TENANT and caller is not None", "need is Need.TENANT"),
+        ("return None if caller is not None else no_key(key is not None)", "return None"),
         ('self._metrics_access == "loopback" and client', "client"),
         ("MutableHeaders(scope=message).update(ledger.headers())", "pass"),
     ),

@@ -91,7 +91,6 @@ def test_a_key_of_the_settings_may_be_given_sealed():
         ("/health/../v1/models", Need.TENANT),
         ("//health", Need.TENANT),
         ("/HEALTH", Need.TENANT),
-        ("/metrics/", Need.TENANT),
         ("/version;/v1/models", Need.TENANT),
     ],
 )
