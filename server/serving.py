@@ -39,6 +39,7 @@ class Serving:
         self.usage_log = self._open_usage_log()
         self.created_s = int(time.time())
         self.is_draining = False
+        self.is_leaving = False
         self._loaded: Loaded | None = None
         self._names = ModelNames(settings.model_name)
 
@@ -70,7 +71,9 @@ class Serving:
 
     @property
     def loaded(self) -> Loaded:
-        """The engine and its tokenizer; raises `EngineUnavailable` while there is none."""
+        """The engine and its tokenizer; raises `EngineUnavailable` for what comes too early, or too late."""
+        if self.is_leaving:
+            raise EngineUnavailable("The server is shutting down.")
         if self._loaded is None:
             raise EngineUnavailable("The model is still being loaded.")
         return self._loaded

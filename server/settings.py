@@ -90,6 +90,7 @@ class Settings(BaseSettings):
     admin_port: int | None = Field(default=None, ge=0, le=65535)
     vllm_lora_api: bool = False
     max_body_bytes: Size = 4 * 2**20
+    receive_timeout_s: float = Field(default=60.0, gt=0)
     ping_s: float = Field(default=15.0, gt=0)
     send_timeout_s: float = Field(default=60.0, gt=0)
     stall_s: float = Field(default=60.0, ge=4 * HEARTBEAT_S)

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     # Kernels are then run by Triton's interpreter; Triton reads this once, when it is first imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-FOLDERS = {"unit", "exactness", "http", "faults", "gpu"}
+FOLDERS = {"unit", "exactness", "http", "faults", "load", "gpu"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

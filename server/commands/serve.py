@@ -20,6 +20,7 @@ from rich.console import Console
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.parent import begin_logging
 from server.app import create_app
+from server.connections import guarded
 from server.serving import Loaded, Serving
 from server.settings import EngineMode, Settings, SettingsError
 from server.tenants.access import is_loopback
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
 
 _LAST_WORDS_S = 5.0
 """After the grace, streams have so long to tell their clients of the end before they are cut."""
+_LOOK_S = 0.1
+"""So often it is looked whether somebody insists on the end."""
 
 
 class GracefulServer(uvicorn.Server):
-    """Stays open for a while after SIGTERM, unready; then gives running answers their grace."""
+    """Goes on for a while after SIGTERM, unready; then running answers have their grace, and new ones 503."""
 
     def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
         super().__init__(config)
@@ -50,10 +53,13 @@ class GracefulServer(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the door; when the grace ends, so does the engine, and every stream says so."""
-        self._serving.is_draining = True
+        """Refuse what is new, with the door open; when the grace ends, so does the engine, as streams say."""
+        self._serving.is_draining = self._serving.is_leaving = True
         grace_s = self._serving.settings.shutdown_grace_s
         ending = asyncio.create_task(self._close_after(grace_s))
+        running = set(self.server_state.tasks)
+        while running and not self.force_exit and not ending.done():
+            _, running = await asyncio.wait(running, timeout=_LOOK_S)
         await super().shutdown(sockets)
         ending.cancel()
 
@@ -152,7 +158,8 @@ async def _serve(settings: Settings, config: EngineConfig, listeners: list[socke
         app,
         log_level="info" if settings.log_level == "debug" else "warning",
         access_log=settings.log_level == "debug",
-        timeout_graceful_shutdown=int(settings.shutdown_grace_s + _LAST_WORDS_S),
+        http=guarded(settings.receive_timeout_s),
+        timeout_graceful_shutdown=int(_LAST_WORDS_S),
         ws="none",
     )
     server = GracefulServer(uvicorn_config, serving)

@@ -28,6 +28,7 @@ from ram_core.engine.messages import (
 )
 from ram_core.errors import EngineUnavailable, RamError
 from server.app import create_app
+from server.connections import guarded
 from server.serving import Loaded
 from server.settings import Settings
 from tests.models import EOS, make_tokenizer
@@ -193,12 +194,14 @@ class LiveServer:
 def live(engine: Any, tokenizer: Any = TOKENIZER, **settings: Any) -> Iterator[LiveServer]:
     """Serve an engine until the block is left; an `admin_port` must be 0."""
     loaded = None if engine is None else Loaded(engine, tokenizer)
-    app = create_app(Settings(served_model_name="big", **settings), loaded)
+    chosen = Settings(served_model_name="big", **settings)
+    app = create_app(chosen, loaded)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(1 + ("admin_port" in settings))]
     urls = [f"http://127.0.0.1:{listener.getsockname()[1]}" for listener in sockets]
     if "admin_port" in settings:
         app.state.serving.doors.admin_port = sockets[1].getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none"))
+    http = guarded(chosen.receive_timeout_s)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", http=http))
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     deadline = time.monotonic() + PATIENCE_S
