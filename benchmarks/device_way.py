@@ -88,14 +88,16 @@ class DeviceWay(EngineWay):
         took_s: list[float] = []
         for _ in range(num_swaps):
             began = time.perf_counter()
-            slot = group.free_slots[0]
-            group.stage(slot, weights)
+            slot = group.stage(weights)
+            assert slot is not None
             # To begin a copy is part of the step before which it is done.
             first_s = time.perf_counter() - began
             took_s.append(first_s + self.steps(1).steps_s[0])
             while not group.is_settled(slot):
                 took_s += self.steps(1).steps_s
-            group.free(group.flip(name, slot))
+            left = group.remove(name)
+            group.add(name, slot)
+            group.free(left)
             took_s += self.steps(1).steps_s
         return rest_s, took_s
 

@@ -1,4 +1,4 @@
-"""Groups of aligners that one forward serves, and how the weights of an aligner are changed while it runs.
+"""Groups of aligners that one forward serves, and how aligners come and go while it runs.
 
 Aligners of one architecture share a module with a leading slot axis, LoRA adapters of one base that base; any
 other is a group of its own, with a forward of its own.
@@ -7,6 +7,7 @@ other is a group of its own, with a forward of its own.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,10 +23,13 @@ from ram_core.models.stacked import StackedModel
 
 Stack = StackedModel | LoraStack
 
+# Over all groups: a name may come back in another one, and must not find the pages of its namesake.
+_numbers = itertools.count()
+
 
 @dataclass(frozen=True, slots=True)
-class Version:
-    """What an aligner's new sequences use: its slot in the group, and a number that never comes again."""
+class Place:
+    """Where an aligner's weights are: a slot of its group, and a number that never comes again."""
 
     slot: int
     number: int
@@ -34,19 +38,23 @@ class Version:
 class AlignerGroup:
     """Aligners `names`, of which the i-th is in slot i of `served`; a lone model has the one slot.
 
-    To change an aligner while it serves: `stage` its weights into a free slot, wait for `is_settled`, `flip`
-    its name, and `free` the old slot once no sequence uses it. Until then these go on with what they began
-    with: pages of KV memory are named by version, so that none is found by a sequence of another.
+    To bring another: `stage` its weights into a free slot beside running steps, wait for `is_settled`, and
+    `add` its name. To let one go: `remove` its name, and `free` the slot once no step reads it. Pages of KV
+    memory are named by place, so that none is found by a namesake that comes later.
 
-    `stage` may be called by any thread, the others by the one that makes the steps.
+    `kind` is the same for groups whose aligners could share a module. `stage`, `free` and `abandon` may be
+    called by any thread, the others by the one that makes the steps.
     """
 
-    def __init__(self, name: str, served: PagedModel | Stack, names: Iterable[str]) -> None:
+    def __init__(
+        self, name: str, served: PagedModel | Stack, names: Iterable[str], *, kind: str = ""
+    ) -> None:
         self.name = name
         self.served = served
-        self._numbers = itertools.count()
-        self._versions = {each: Version(slot, next(self._numbers)) for slot, each in enumerate(names)}
-        self._free = set(range(len(self._versions), served.num_slots if isinstance(served, Stack) else 1))
+        self.kind = kind
+        self._places = {each: Place(slot, next(_numbers)) for slot, each in enumerate(names)}
+        self._lock = threading.Lock()
+        self._free = set(range(len(self._places), served.num_slots if isinstance(served, Stack) else 1))
 
     @property
     def model(self) -> PagedModel:
@@ -59,22 +67,34 @@ class AlignerGroup:
         return isinstance(self.served, Stack)
 
     @property
+    def num_slots(self) -> int:
+        """How many aligners the group has room for."""
+        return self.served.num_slots if isinstance(self.served, Stack) else 1
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The aligners that can be asked for."""
-        return tuple(self._versions)
+        return tuple(self._places)
 
     @property
     def free_slots(self) -> tuple[int, ...]:
         """Slots that `stage` may fill."""
-        return tuple(sorted(self._free))
+        with self._lock:
+            return tuple(sorted(self._free))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in any slot, nor on its way there."""
+        return len(self.free_slots) == self.num_slots
 
     def lane(self, name: str) -> tuple[str, int]:
         """What a new sequence of an aligner keeps for life: the name of its pages, and its slot.
 
-        The slot is -1 where none has to be told. No two versions of any aligners have pages of one name.
+        The slot is -1 where none has to be told. No two aligners have pages of one name, not even two that
+        had the same name one after the other.
         """
-        version = self._versions[name]
-        return f"{name}:{version.number}", version.slot if self.is_stacked else -1
+        place = self._places[name]
+        return f"{name}:{place.number}", place.slot if self.is_stacked else -1
 
     def forward(
         self, batch: PackedBatch, pool: KvPool, slots: Int64[Tensor, " token"] | None
@@ -97,53 +117,70 @@ class AlignerGroup:
         num_free = self.served.num_slots - len(self.names)
         return found | ({f"the free slots of {self.name}": num_free * own} if num_free else {})
 
-    def stage(self, slot: int, weights: Mapping[str, Any]) -> None:
-        """Begin to fill a free slot; running steps do not notice.
+    def stage(self, weights: Mapping[str, Any]) -> int | None:
+        """Begin to fill a free slot; running steps do not notice. None if no slot is free.
 
         Args:
-            slot: one of `free_slots`.
             weights: as `StackedModel.stage` or `LoraStack.stage` takes them; pinned memory is copied fastest.
 
         Raises:
             CheckpointError: they do not fit the group; the slot stays free.
-            ValueError: the slot is not free, or the group cannot be changed.
         """
-        if slot not in self._free:
-            raise ValueError(f"slot {slot} of `{self.name}` is not free; free are {self.free_slots}")
-        self._stack.stage(slot, weights)
-        self._free.discard(slot)
+        if not isinstance(self.served, Stack):
+            return None
+        with self._lock:
+            if not self._free:
+                return None
+            slot = min(self._free)
+            self._free.discard(slot)
+        try:
+            self.served.stage(slot, weights)
+        except BaseException:
+            self.abandon(slot)
+            raise
+        return slot
 
     def is_settled(self, slot: int) -> bool:
-        """Whether all that was staged has arrived, so that `flip` makes no step wait."""
+        """Whether all that was staged has arrived, so that `add` makes no step wait."""
         return self._stack.is_settled(slot)
 
-    def flip(self, name: str, slot: int) -> int:
-        """From now on new sequences of an aligner use a staged slot; returns the one it had.
+    def add(self, name: str, slot: int) -> None:
+        """Let new sequences ask for an aligner, whose weights are in a staged slot.
 
         Raises:
-            ValueError: nothing was staged there, or an aligner uses it already.
+            ValueError: nothing was staged there, an aligner uses it already, or there is one of the name.
         """
-        if slot in self._free or not 0 <= slot < self._stack.num_slots or slot in self._used:
+        if slot in self.free_slots or not 0 <= slot < self.num_slots or slot in self._used:
             raise ValueError(f"slot {slot} of `{self.name}` holds nothing that waits for a name")
+        if name in self._places:
+            raise ValueError(f"`{self.name}` has an aligner `{name}` already")
         self._stack.settle(slot)
-        before = self._versions[name]
-        self._versions[name] = Version(slot, next(self._numbers))
-        return before.slot
+        self._places[name] = Place(slot, next(_numbers))
+
+    def remove(self, name: str) -> int:
+        """Let nobody ask for an aligner any more; returns its slot, which stays as it is until freed."""
+        return self._places.pop(name).slot
 
     def free(self, slot: int) -> None:
-        """Let another be staged into a slot; no sequence may use it any more, waiting ones included.
+        """Let another be staged into a slot; no step may read it any more, nor any sequence use it.
 
         Raises:
             ValueError: an aligner's new sequences use it.
         """
         if slot in self._used:
             raise ValueError(f"slot {slot} of `{self.name}` is in use")
-        self._stack.clear(slot)
-        self._free.add(slot)
+        self.abandon(slot)
+
+    def abandon(self, slot: int) -> None:
+        """Let go of what was staged into a slot, or was only begun to be, and never got a name."""
+        if isinstance(self.served, Stack):
+            self.served.clear(slot)
+        with self._lock:
+            self._free.add(slot)
 
     @property
     def _used(self) -> set[int]:
-        return {version.slot for version in self._versions.values()}
+        return {place.slot for place in self._places.values()}
 
     @property
     def _stack(self) -> Stack:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
@@ -15,6 +14,7 @@ from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.limits import EngineLimits
 from ram_core.engine.load_groups import each_once, load_groups
+from ram_core.engine.newcomers import Newcomer, Terms, load_supported_config
 from ram_core.engine.plan import Needs, StartPlan, check_fits, describe, plan_kv, size_text
 from ram_core.engine.room import expected_needs, free_bytes, naming_what_was_tried, needs_of
 from ram_core.errors import CheckpointError
@@ -24,11 +24,9 @@ from ram_core.models.conformance import check_conformance
 from ram_core.models.kv import KvGeometry, KvPool
 from ram_core.models.loading import (
     context_limit,
-    load_config,
     load_model,
     resolve_device,
     resolve_dtype,
-    unsupported_reason,
 )
 from ram_core.models.lora import LoraConfig, is_adapter, read_lora_config
 from ram_core.models.packing import PackedBatch
@@ -47,17 +45,24 @@ PROPOSAL = "proposal"
 
 @dataclass(frozen=True)
 class ModelBank:
-    """Everything that is loaded once and then only read, but for the pools' contents.
+    """The models of an engine and their KV memory. Aligners come and go, between steps; all else stays.
 
-    `pools` holds the KV memory by name; `pool_of` maps each aligner to its pool, which aligners of equal
-    geometry share. `group_of` maps each aligner to the group that a forward serves. `plan` says what memory
-    went where, and why; `ranks` are the processes that share the proposal.
+    `pools` holds the KV memory by name; `pool_of` maps each aligner's model to its pool, which those of equal
+    geometry share. `group_of` maps it to the group that a forward serves; `group_by_name` has the groups.
+    `residents` names the models of each aligner, `bytes_of` says what they take, and `failed` why some are
+    missing that should have been there at start. `terms` are what newcomers must go with. `plan` says what
+    memory went where, and why; `ranks` are the processes that share the proposal.
     """
 
     proposal: PagedModel
-    group_of: Mapping[str, AlignerGroup]
-    pools: Mapping[str, KvPool]
-    pool_of: Mapping[str, str]
+    group_by_name: dict[str, AlignerGroup]
+    group_of: dict[str, AlignerGroup]
+    pools: dict[str, KvPool]
+    pool_of: dict[str, str]
+    residents: dict[str, tuple[str, ...]]
+    bytes_of: dict[str, int]
+    failed: Mapping[str, str]
+    terms: Terms
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     max_model_len: int
@@ -72,10 +77,10 @@ class ModelBank:
         """The model that serves each aligner, perhaps others too."""
         return {name: group.model for name, group in self.group_of.items()}
 
-    @cached_property
+    @property
     def groups(self) -> tuple[AlignerGroup, ...]:
         """All groups, each once."""
-        return tuple(dict.fromkeys(self.group_of.values()))
+        return tuple(self.group_by_name.values())
 
     def forward(
         self, name: str, batch: PackedBatch, pool: KvPool, slots: Int64[Tensor, " token"] | None
@@ -83,8 +88,7 @@ class ModelBank:
         """Run the proposal, or the group of that name; `slots` are those of a group that shares a module."""
         if name == PROPOSAL:
             return self.proposal.forward(batch, pool)
-        group = next(group for group in self.groups if group.name == name)
-        return group.forward(batch, pool, slots)
+        return self.group_by_name[name].forward(batch, pool, slots)
 
     @property
     def limits(self) -> EngineLimits:
@@ -96,6 +100,56 @@ class ModelBank:
             num_pages=self.pools[self.proposal_pool].num_pages - 1,
             pools=dict(self.pool_of),
         )
+
+    def add(self, aligner: str, newcomers: Iterable[Newcomer]) -> dict[str, KvPool]:
+        """Let an aligner's models be asked for; returns the pools that came with them, by name.
+
+        Raises:
+            ValueError: a model has the name of another; nothing has changed.
+        """
+        models = tuple(newcomers)
+        for each in models:
+            if each.name in self.group_of or each.name == PROPOSAL:
+                raise ValueError(f"there is a model `{each.name}` already")
+        new_pools: dict[str, KvPool] = {}
+        for each in models:
+            if each.pool is not None:
+                new_pools[f"aligners-{len(self.pools) - 1}"] = self.pools[
+                    f"aligners-{len(self.pools) - 1}"
+                ] = each.pool
+            geometry = each.group.model.geometry
+            self.pool_of[each.name] = next(
+                name
+                for name, pool in self.pools.items()
+                if name != self.proposal_pool and pool.geometry == geometry
+            )
+            self.group_by_name[each.group.name] = each.group
+            self.group_of[each.name] = each.group
+            if each.name not in each.group.names:
+                each.group.add(each.name, each.slot)
+        self.residents[aligner] = tuple(each.name for each in models)
+        self.bytes_of[aligner] = sum(each.num_bytes for each in models)
+        return new_pools
+
+    def remove(self, aligner: str) -> tuple[tuple[AlignerGroup, int], ...]:
+        """Let nobody ask for an aligner any more; returns where its weights still are."""
+        del self.bytes_of[aligner]
+        places = []
+        for name in self.residents.pop(aligner):
+            del self.pool_of[name]
+            group = self.group_of.pop(name)
+            places.append((group, group.remove(name)))
+        return tuple(places)
+
+    def free(self, places: Iterable[tuple[AlignerGroup, int]]) -> list[AlignerGroup]:
+        """Give back the memory of aligners that were removed; returns the groups that are gone with them."""
+        gone = []
+        for group, slot in places:
+            group.free(slot)
+            if group.is_empty:
+                del self.group_by_name[group.name]
+                gone.append(group)
+        return gone
 
 
 def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
@@ -111,10 +165,11 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
     if len(sources) != len(config.aligners) + 1:
         raise CheckpointError("two aligners have the same name, or one is called `proposal`")
     progress("reading configs and tokenizers")
-    configs = {name: _load_supported_config(name, source, config) for name, source in sources.items()}
+    configs = {name: load_supported_config(name, source, config) for name, source in sources.items()}
     tokenizer = _load_tokenizers(config, adapters)
     rows = {name: loaded.get_text_config().vocab_size for name, loaded in configs.items()}
-    vocab_size = shared_vocabulary_size(tokenizer, rows.pop(PROPOSAL), rows)
+    num_rows = rows.pop(PROPOSAL)
+    vocab_size = shared_vocabulary_size(tokenizer, num_rows, rows)
     max_model_len = _choose_max_model_len(config, configs)
 
     check_shares(config.tensor_parallel, configs[PROPOSAL])
@@ -142,11 +197,31 @@ def load_bank(config: EngineConfig, progress: Progress) -> ModelBank:
             name: KvPool(geometry, kv.num_pages + 1, config.page_size, device)
             for name, geometry in geometries.items()
         }
+    residents: dict[str, tuple[str, ...]] = {}
+    for aligner in config.aligners:
+        residents[aligner.aligner] = (*residents.get(aligner.aligner, ()), aligner.name)
     return ModelBank(
         proposal=proposal,
+        group_by_name={group.name: group for group in groups},
         group_of=group_of,
         pools=pools,
         pool_of=pool_of,
+        residents=residents,
+        bytes_of={
+            aligner: sum(group_of[name].weight_bytes[name] for name in names)
+            for aligner, names in residents.items()
+        },
+        failed={},
+        terms=Terms(
+            config=config,
+            tokenizer=tokenizer,
+            num_rows=num_rows,
+            max_model_len=kv.max_model_len,
+            device=device,
+            dtype=dtype,
+            attention=attention,
+            vocab_size=vocab_size,
+        ),
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         max_model_len=kv.max_model_len,
@@ -191,14 +266,6 @@ def _needs(proposal: PagedModel, groups: Iterable[AlignerGroup], geometries: Ite
     needs = needs_of({PROPOSAL: proposal}, geometries)
     own = {name: num_bytes for group in groups for name, num_bytes in group.weight_bytes.items()}
     return replace(needs, weight_bytes={**needs.weight_bytes, **own})
-
-
-def _load_supported_config(name: str, source: str, config: EngineConfig) -> PretrainedConfig:
-    loaded = load_config(source, trust_remote_code=config.trust_remote_code)
-    reason = unsupported_reason(loaded)
-    if reason is not None:
-        raise CheckpointError(f"`{name}` ({source}) cannot be served: {reason}")
-    return loaded
 
 
 def _load_tokenizers(config: EngineConfig, adapters: Mapping[str, LoraConfig]) -> PreTrainedTokenizerBase:

@@ -6,7 +6,16 @@ from collections.abc import AsyncIterator, Callable
 from typing import Protocol
 
 from ram_core.engine.config import EngineConfig
-from ram_core.engine.messages import Command, EngineStats, Event, Request
+from ram_core.engine.messages import (
+    AlignerNews,
+    Command,
+    EngineStats,
+    Event,
+    FreeAligner,
+    LoadAligner,
+    Request,
+)
+from ram_core.engine.residents import Residents
 from ram_core.engine.streams import OpenStreams, RequestStream
 
 HEARTBEAT_S = 0.25
@@ -35,7 +44,7 @@ class EngineClient(Protocol):
 
     @property
     def aligners(self) -> tuple[str, ...]:
-        """Names of the aligners that can be asked for, in the order of registration."""
+        """Names of the aligners' models that can be asked for, in the order in which they came."""
 
     @property
     def max_model_len(self) -> int:
@@ -57,6 +66,18 @@ class EngineClient(Protocol):
     def trouble(self) -> str | None:
         """Why no request can be taken now, such as "the engine has died"; None if the step loop runs."""
 
+    def load_aligner(self, order: LoadAligner) -> None:
+        """Have an aligner loaded; what becomes of it is news. Never blocks; void while no engine runs."""
+
+    def free_aligner(self, aligner: str) -> None:
+        """Have an aligner's memory given back; news says when. Never blocks; void while no engine runs."""
+
+    def watch_aligners(self, listener: Callable[[AlignerNews], None]) -> None:
+        """Have a thread of the engine's call `listener` with all news of aligners from now on, in order.
+
+        If the engine is up already, `EngineBegan` is told at once. The listener must return quickly.
+        """
+
     def submit(self, request: Request) -> EventStream:
         """Admit a request or refuse it at once.
 
@@ -77,10 +98,23 @@ class StreamingClient:
     def __init__(self, config: EngineConfig, send: Callable[[Command], None]) -> None:
         self._streams = OpenStreams(config.max_batch + config.max_queue, send)
         self._stats = EngineStats()
+        self._residents = Residents(config.aligners, send)
+
+    def load_aligner(self, order: LoadAligner) -> None:
+        """Have an aligner loaded; see `EngineClient`."""
+        self._residents.load(order)
+
+    def free_aligner(self, aligner: str) -> None:
+        """Have an aligner's memory given back; see `EngineClient`."""
+        self._residents.free(FreeAligner(aligner))
+
+    def watch_aligners(self, listener: Callable[[AlignerNews], None]) -> None:
+        """Have all news of aligners told; see `EngineClient`."""
+        self._residents.watch(listener)
 
     @property
     def aligners(self) -> tuple[str, ...]:
-        """Names of the aligners that can be asked for, in the order of registration."""
+        """Names of the aligners' models that can be asked for, in the order in which they came."""
         return tuple(self._streams.limits.pools)
 
     @property

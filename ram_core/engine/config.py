@@ -7,10 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class AlignerSource:
-    """Where an aligner comes from: its name in the registry, and a local directory or hub id."""
+    """Where an aligner's model comes from: its name in the engine, and a local directory or hub id.
+
+    Names are "NAME", "NAME@VERSION", or "NAME@VERSION/PART" for a further model of the same aligner. What is
+    not `required` may fail to load: then the engine begins without the aligner.
+    """
 
     name: str
     source: str
+    required: bool = True
+
+    @property
+    def aligner(self) -> str:
+        """The aligner that the model is a part of."""
+        name, at, rest = self.name.partition("@")
+        return f"{name}{at}{rest.partition('/')[0]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +45,10 @@ class EngineConfig:
 
     With `aligner_bank`, aligners of one architecture share a module, and one forward serves any mix of them;
     LoRA adapters of one base always do. Such a module has room for `aligner_slots` aligners, or if there are
-    more for those: weights can be changed while it serves if there is a slot to spare.
+    more for those: another can be loaded into a slot to spare while it serves.
+
+    All aligners together may hold `aligner_memory_bytes` (0: what they hold at start, and half of what is
+    free on the device then).
 
     With `prefix_cache`, requests begin behind the longest prefix that an earlier one of their tenant left in
     KV memory. `is_overlapping` plans a step while the one before runs (None: on CUDA); `has_static_shapes`
@@ -56,6 +70,7 @@ class EngineConfig:
     prefix_cache: bool = True
     aligner_bank: bool = True
     aligner_slots: int = 0
+    aligner_memory_bytes: int = 0
     is_overlapping: bool | None = None
     has_static_shapes: bool = False
     cuda_graphs: bool | None = None

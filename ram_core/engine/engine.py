@@ -6,30 +6,39 @@ import logging
 import secrets
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
+from ram_core.engine.aligner_loads import AlignerLoads
 from ram_core.engine.bank import PROPOSAL, ModelBank, Progress, load_bank
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.graphs import CudaRecorder, EagerRecorder, Recorder, graph_shapes
 from ram_core.engine.layout import Shapes, buckets
+from ram_core.engine.limits import EngineLimits
 from ram_core.engine.memory import keep_freed_memory
 from ram_core.engine.messages import (
+    AlignerOutcome,
     Cancel,
     Command,
+    EngineBegan,
     EngineStats,
     Event,
     FailedEvent,
+    FreeAligner,
+    LoadAligner,
     Request,
     StartedEvent,
     TokenEvent,
 )
+from ram_core.engine.newcomers import Newcomers
 from ram_core.engine.pages import PageBook, chain_root, pages_for
 from ram_core.engine.plan import tell_plan
-from ram_core.engine.room import free_text
+from ram_core.engine.room import free_text, memory_for_aligners
 from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory, step_kinds
 from ram_core.engine.scheduler import ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
-from ram_core.errors import EngineOutOfMemory, NonFiniteLogits
+from ram_core.engine.turnover import Turnover
+from ram_core.errors import AlignerUnavailable, EngineOutOfMemory, NonFiniteLogits
 from ram_core.models.backends import can_be_recorded
 from ram_core.params import AlignerTerm
 from ram_core.resampling import warm_up
@@ -51,14 +60,11 @@ class Engine:
     def __init__(self, config: EngineConfig, bank: ModelBank) -> None:
         self.config = config
         self.bank = bank
-        self.limits = bank.limits
+        self.wake: Callable[[], None] = lambda: None
         device = bank.proposal.device.type
         step_tokens, chunk_tokens = _STEP_TOKENS.get(device, _DEFAULT_STEP_TOKENS)
         self._scheduler = Scheduler(
-            {
-                name: PageBook(pool.num_pages, keeps_idle=config.prefix_cache)
-                for name, pool in bank.pools.items()
-            },
+            {name: self._new_book(pool.num_pages) for name, pool in bank.pools.items()},
             page_size=bank.page_size,
             num_slots=config.max_batch,
             max_step_tokens=config.max_step_tokens or step_tokens,
@@ -71,6 +77,20 @@ class Engine:
         self._max_in_flight = int(is_overlapping)
         self._in_flight: deque[list[LaunchedStep]] = deque()
         self._counts: Counter[str] = Counter()
+        held = sum(num_bytes for group in bank.groups for num_bytes in group.weight_bytes.values())
+        self._aligner_bytes = memory_for_aligners(config, bank.proposal.device, held)
+        newcomers = Newcomers(
+            bank.terms, lambda: list(bank.group_by_name.values()), lambda: list(bank.pools.values())
+        )
+        self._turnover = Turnover(
+            bank,
+            self._scheduler,
+            AlignerLoads(newcomers.load, lambda: self.wake()),
+            self._new_book,
+            self._runner.forget,
+        )
+        # What was found out between steps, to be told with the next one.
+        self._failed: list[Event] = []
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress = lambda _: None) -> Engine:
@@ -102,9 +122,28 @@ class Engine:
         graphs = self._runner.capture(recorder, progress)
         return str(len(graphs)), graphs.trouble or "that only draw, by layout; all others run as they come"
 
+    def _new_book(self, num_pages: int) -> PageBook:
+        return PageBook(num_pages, keeps_idle=self.config.prefix_cache)
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What requests are checked against; aligners come and go."""
+        return self.bank.limits
+
+    @property
+    def began(self) -> EngineBegan:
+        """What is told of aligners when the engine takes orders."""
+        return EngineBegan(
+            aligners=tuple(self.bank.bytes_of.items()),
+            failed=tuple(self.bank.failed.items()),
+            memory_bytes=self._aligner_bytes,
+            bytes_per_weight=self.bank.terms.dtype.itemsize,
+            device=str(self.bank.proposal.device),
+        )
+
     @property
     def has_work(self) -> bool:
-        return bool(self._in_flight) or self._scheduler.has_work
+        return bool(self._in_flight or self._failed) or self._scheduler.has_work
 
     @property
     def stats(self) -> EngineStats:
@@ -122,20 +161,39 @@ class Engine:
 
     def handle(self, command: Command) -> None:
         """Take a command. Requests must have passed `limits.check`."""
-        if isinstance(command, Cancel):
-            for sequence in self._scheduler.find(command.request_id, command.index):
-                self._scheduler.remove(sequence)
-        else:
-            root = self._prefix_root(command)
-            choices = range(command.num_choices)
-            self._scheduler.add(*[self._make_sequence(command, index, root) for index in choices])
+        match command:
+            case Cancel(request_id, index):
+                for sequence in self._scheduler.find(request_id, index):
+                    self._scheduler.remove(sequence)
+            case LoadAligner():
+                self._turnover.load(command)
+            case FreeAligner():
+                self._failed += self._turnover.free(command)
+            case Request():
+                self._add(command)
+
+    def _add(self, request: Request) -> None:
+        choices = range(request.num_choices)
+        for term in request.alignment.terms:
+            if term.aligner not in self.bank.group_of:
+                # It went while the request was on its way.
+                error = AlignerUnavailable(f"The aligner `{term.aligner}` was taken out of memory.")
+                self._failed += [FailedEvent(request.request_id, index, error) for index in choices]
+                return
+        root = self._prefix_root(request)
+        self._scheduler.add(*[self._make_sequence(request, index, root) for index in choices])
+
+    def tend(self) -> list[AlignerOutcome]:
+        """What has come of orders about aligners; to be called between steps, and after `wake`."""
+        return self._turnover.tend()
 
     def step(self) -> list[Event]:
         """Advance every scheduled sequence; return what there is to tell, of this step or the one before."""
         plan = self._scheduler.plan()
         for sequence in plan.started:
             self._runner.start(sequence)
-        events = self._tell_started(plan.started)
+        events, self._failed = self._failed, []
+        events += self._tell_started(plan.started)
         if plan.rows:
             launched, starved = self._launch(plan.rows)
             if len(launched) != 1:

@@ -204,6 +204,12 @@ class StepGraphs:
 
         self._recordings[layout] = self._recorder.record(run, torch.from_numpy(packed.numbers))
 
+    def forget(self, model: str) -> None:
+        """Let go of all recordings that a model takes part in: its weights are going."""
+        gone = [layout for layout in self._recordings if any(use.model == model for use in layout.uses)]
+        for layout in gone:
+            del self._recordings[layout]
+
     def replay(self, layout: StepLayout, numbers: Int64[Tensor, " number"]) -> Tensor | None:
         """The results of a step, to be copied before the next replay; None if its layout is unknown."""
         recording = self._recordings.get(layout)

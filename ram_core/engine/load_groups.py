@@ -16,7 +16,7 @@ from ram_core.engine.config import EngineConfig
 from ram_core.errors import CheckpointError
 from ram_core.models.backends import least_page_size
 from ram_core.models.kv import KvPool
-from ram_core.models.lora import LoraConfig, load_lora
+from ram_core.models.lora import LoraConfig, LoraLayer, load_lora
 from ram_core.models.lora_stack import LoraStack, linear_shapes
 from ram_core.models.packing import Row, pack
 from ram_core.models.paged import PagedModel
@@ -56,20 +56,23 @@ def load_groups(
     """
     groups: list[AlignerGroup] = []
     full = [aligner.name for aligner in config.aligners if aligner.name not in adapters]
-    families = _together(full, lambda name: _architecture(configs[name]) if config.aligner_bank else name)
+    families = _together(full, lambda name: architecture(configs[name]) if config.aligner_bank else name)
     for names in families:
         num_slots = max(len(names), config.aligner_slots)
         stack = _load_stacked(names, load, num_slots) if config.aligner_bank and num_slots > 1 else None
         if stack is None:
-            groups += [AlignerGroup(f"aligners-{name}", load(name), [name]) for name in names]
+            kind = architecture(configs[names[0]])
+            groups += [AlignerGroup(f"aligners-{name}", load(name), [name], kind=kind) for name in names]
         else:
             progress(f"{', '.join(names)} share a module with {num_slots} slots")
-            groups.append(AlignerGroup(f"aligners-{names[0]}", stack, names))
+            kind = architecture(configs[names[0]])
+            groups.append(AlignerGroup(f"aligners-{names[0]}", stack, names, kind=kind))
     for names in _together(adapters, lambda name: adapters[name].base):
         num_slots = max(len(names), config.aligner_slots)
         progress(f"{', '.join(names)} are LoRA adapters of {adapters[names[0]].base}, with {num_slots} slots")
         stack_of_base = _load_loras({name: adapters[name] for name in names}, load, num_slots)
-        groups.append(AlignerGroup(f"aligners-{names[0]}", stack_of_base, names))
+        kind = adapters[names[0]].base
+        groups.append(AlignerGroup(f"aligners-{names[0]}", stack_of_base, names, kind=kind))
     return groups
 
 
@@ -89,7 +92,7 @@ def _together(names: Iterable[str], kind: Callable[[str], str]) -> list[list[str
     return list(found.values())
 
 
-def _architecture(config: PretrainedConfig) -> str:
+def architecture(config: PretrainedConfig) -> str:
     """The same for two configs if their models differ in weights alone."""
     said = {name: value for name, value in config.to_dict().items() if name not in _WORDS}
     return json.dumps([type(config).__qualname__, said], sort_keys=True, default=str)
@@ -121,7 +124,17 @@ def _load_stacked(names: Sequence[str], load: Load, num_slots: int) -> StackedMo
 def _load_loras(adapters: Mapping[str, LoraConfig], load: Load, num_slots: int) -> LoraStack:
     base = load(next(iter(adapters)))
     shapes = linear_shapes(base.model)
-    layers = {name: load_lora(adapter, shapes) for name, adapter in adapters.items()}
+    return stack_loras(
+        base, {name: load_lora(adapter, shapes) for name, adapter in adapters.items()}, num_slots
+    )
+
+
+def stack_loras(base: PagedModel, layers: Mapping[str, Mapping[str, LoraLayer]], num_slots: int) -> LoraStack:
+    """Adapters of a base in one module with room for `num_slots`, by their names and its layers'.
+
+    Raises:
+        CheckpointError: one of them cannot be served.
+    """
     modules = dict.fromkeys(module for own in layers.values() for module in own)
     max_rank = max(layer.rank for own in layers.values() for layer in own.values())
     stack = LoraStack(base, num_slots, modules, max_rank)

@@ -39,7 +39,25 @@ class Cancel(Struct, frozen=True, tag=True, array_like=True):
     index: int | None = None
 
 
-Command = Request | Cancel
+class LoadAligner(Struct, frozen=True, tag=True, array_like=True):
+    """Bring an aligner's models into memory, all or none: each part has the engine's name and a directory.
+
+    `aligner` is "NAME@VERSION", which the part "." has as its model's name too; others add "/PART". All parts
+    together may take `max_bytes`.
+    """
+
+    aligner: str
+    parts: tuple[tuple[str, str], ...]
+    max_bytes: int
+
+
+class FreeAligner(Struct, frozen=True, tag=True, array_like=True):
+    """Give the memory of an aligner's models back; a request that still names one of them fails."""
+
+    aligner: str
+
+
+Command = Request | Cancel | LoadAligner | FreeAligner
 
 
 class StepTelemetry(Struct, frozen=True, array_like=True, gc=False):
@@ -94,6 +112,56 @@ class FailedEvent(Struct, frozen=True, tag=True, array_like=True):
 
 
 Event = StartedEvent | TokenEvent | FailedEvent
+
+
+class AlignerProgress(Struct, frozen=True, tag=True, array_like=True):
+    """A load has come so far, from 0 to 1."""
+
+    aligner: str
+    fraction: float
+
+
+class AlignerLoaded(Struct, frozen=True, tag=True, array_like=True):
+    """An aligner's models can be asked for; they hold `num_bytes` of the device."""
+
+    aligner: str
+    num_bytes: int
+    device: str
+
+
+class AlignerFailed(Struct, frozen=True, tag=True, array_like=True):
+    """An aligner was not loaded, for a reason fit for the operator; nothing of it is left in memory."""
+
+    aligner: str
+    reason: str
+
+
+class AlignerFreed(Struct, frozen=True, tag=True, array_like=True):
+    """An aligner's models are gone, and their memory is another's to take."""
+
+    aligner: str
+
+
+class EngineBegan(Struct, frozen=True, tag=True, array_like=True):
+    """An engine takes orders, the first one or the next after a death.
+
+    `aligners` are there, each with its bytes; those in `failed` should be, but could not be loaded, for the
+    reasons given. All aligners together may have `memory_bytes`; a weight takes `bytes_per_weight`.
+    """
+
+    aligners: tuple[tuple[str, int], ...]
+    failed: tuple[tuple[str, str], ...]
+    memory_bytes: int
+    bytes_per_weight: int
+    device: str
+
+
+class EngineLost(Struct, frozen=True, tag=True, array_like=True):
+    """The engine died: nothing is in memory any more, and what was under way is void."""
+
+
+AlignerOutcome = AlignerProgress | AlignerLoaded | AlignerFailed | AlignerFreed
+AlignerNews = AlignerOutcome | EngineBegan | EngineLost
 
 
 class EngineStats(Struct, frozen=True, array_like=True):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -19,6 +21,8 @@ from ram_core.models.quantization import QUANTIZATIONS, is_quantized, quantized_
 from ram_core.models.source import resolve_source
 from ram_core.models.weight_files import checkpoint_bytes
 
+_MEMORY_INFO = Path("/proc/meminfo")
+
 
 def free_bytes(device: torch.device) -> int | None:
     """Memory of a device that nobody has; None on CPU, where the system decides.
@@ -29,6 +33,24 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def memory_for_aligners(config: EngineConfig, device: torch.device, held_bytes: int) -> int:
+    """What all aligners may hold together, given what they hold, their free slots included."""
+    if config.aligner_memory_bytes:
+        return config.aligner_memory_bytes
+    free = free_bytes(device)
+    return held_bytes + (_free_host_bytes() if free is None else free) // 2
+
+
+def _free_host_bytes() -> int:
+    """Memory of this machine that programs can have without paging, as far as the kernel tells."""
+    try:
+        lines = _MEMORY_INFO.read_text(encoding="ascii").splitlines()
+        found = next(line for line in lines if line.startswith("MemAvailable:"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_text(device: torch.device) -> str:

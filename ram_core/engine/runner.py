@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.bank import PROPOSAL, ModelBank
 from ram_core.engine.device import Fork, send_home
 from ram_core.engine.graphs import Recorder, StepGraphs, common_steps
@@ -81,6 +82,11 @@ class Runner:
         if not len(self._graphs):
             self._packer = replace(self._packer, shapes=None)
         return self._graphs
+
+    def forget(self, group: AlignerGroup) -> None:
+        """Let go of recordings that a group took part in, which is gone."""
+        if self._graphs is not None:
+            self._graphs.forget(group.name)
 
     def start(self, sequence: Sequence) -> None:
         """Write the parameters of a sequence that has just been given its slot."""

@@ -20,7 +20,6 @@ change hands at once: only the one stream that runs the steps touches what stand
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -73,7 +72,7 @@ class Scheduler:
 
     def __init__(
         self,
-        books: Mapping[str, PageBook],
+        books: dict[str, PageBook],
         *,
         page_size: int,
         num_slots: int,
@@ -138,6 +137,16 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
         self._queue.leave(sequence)
+
+    @property
+    def num_launched(self) -> int:
+        """Steps that were launched so far."""
+        return self._num_launched
+
+    @property
+    def num_done(self) -> int:
+        """Steps that have ended so far; they end in order."""
+        return self._num_done
 
     @property
     def can_shrink(self) -> bool:

@@ -111,6 +111,11 @@ class OpenStreams:
             self._limits = limits
             self._trouble = None
 
+    def renew(self, limits: EngineLimits) -> None:
+        """The same engine takes other requests from now on."""
+        with self._lock:
+            self._limits = limits
+
     def admit(self, request: Request) -> RequestStream:
         """Send a request to the engine, or refuse it, as `EngineClient.submit` does."""
         self.limits.check(request)

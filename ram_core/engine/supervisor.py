@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 from ram_core.engine.client import StreamingClient
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.messages import Command, EngineStats, Request
 from ram_core.engine.process import EngineProcess
 from ram_core.engine.streams import RequestStream
-from ram_core.engine.wire import Loading, Ready, Refused, Report
+from ram_core.engine.wire import AlignersChanged, Loading, Ready, Refused, Report
 from ram_core.errors import EngineUnavailable, InvalidRequest, RamError
 
 _MAX_PAUSE_S = 30.0
@@ -30,7 +31,7 @@ class SupervisedEngine(StreamingClient):
     """An `EngineClient` whose step loop runs in another process.
 
     If that dies, the requests on it fail, and another is started, after a pause that doubles with each death
-    in a row. Only a first start that fails is final.
+    in a row, with the aligners that were in memory. Only a first start that fails is final.
     """
 
     def __init__(self, config: EngineConfig, progress: Callable[[str], None] = lambda _: None) -> None:
@@ -116,7 +117,7 @@ class SupervisedEngine(StreamingClient):
         """One life of the process, from its start to its end; returns why it ended."""
         process, error = None, None
         try:
-            self._process = process = EngineProcess(self._config)
+            self._process = process = EngineProcess(self._next_config())
             error = self._listen(process)
         except Exception as cause:
             logger.exception("the engine's process could not be run")
@@ -127,11 +128,19 @@ class SupervisedEngine(StreamingClient):
         self._streams.shut(_CLOSED if is_closing else "the engine has died and is being restarted")
         self._stats = EngineStats()
         self._process = None
+        if not is_closing:
+            self._residents.lose()
         if process is not None:
             process.end(_STOP_GRACE_S if is_closing and has_served else 0)
             error = error or EngineUnavailable(f"The engine's process {process.how_it_ended}.")
         assert error is not None, "what never began has failed"
         return error
+
+    def _next_config(self) -> EngineConfig:
+        """At first what was configured; after a death with the aligners that were there."""
+        if not self._loaded.done():
+            return self._config
+        return replace(self._config, aligners=self._residents.sources)
 
     def _listen(self, process: EngineProcess) -> RamError | None:
         """Spread the process' news until it ends or is to end; returns what it gave as the reason, if any."""
@@ -141,9 +150,13 @@ class SupervisedEngine(StreamingClient):
                 case Report(events, stats):
                     self._stats = stats
                     self._streams.deliver(events)
-                case Ready(limits):
+                case AlignersChanged(outcomes, limits):
+                    self._streams.renew(limits)
+                    self._residents.take(outcomes)
+                case Ready(limits, began):
                     self._stats = EngineStats(last_progress_s=time.monotonic())
                     self._streams.open(limits)
+                    self._residents.begin(began)
                     if not self._loaded.done():
                         self._loaded.set_result(None)
                 case Loading(line):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from functools import partial
 from queue import Empty, SimpleQueue
 
 from ram_core.engine.bank import Progress
@@ -15,6 +16,8 @@ from ram_core.engine.client import HEARTBEAT_S, StreamingClient
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Command
+
+_CLOSED = "the engine was closed"
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +31,8 @@ class EngineThread(StreamingClient):
     num_restarts = 0
 
     def __init__(self, engine: Engine) -> None:
-        # None asks the thread to end.
-        self._inbox: SimpleQueue[Command | None] = SimpleQueue()
+        # None asks the thread to end, and True only to look around.
+        self._inbox: SimpleQueue[Command | bool | None] = SimpleQueue()
         super().__init__(engine.config, self._inbox.put)
         self._engine = engine
         self._stats = engine.stats
@@ -43,7 +46,10 @@ class EngineThread(StreamingClient):
             CheckpointError: a model cannot be served.
         """
         client = cls(Engine.load(config, progress))
-        client._streams.open(client._engine.limits)
+        engine = client._engine
+        engine.wake = partial(client._inbox.put, True)
+        client._streams.open(engine.limits)
+        client._residents.begin(engine.began)
         client._thread.start()
         return client
 
@@ -53,15 +59,17 @@ class EngineThread(StreamingClient):
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        trouble = "the engine was closed"
+        trouble = _CLOSED
         try:
             while self._take_commands():
                 self._streams.deliver(self._engine.step())
-                self._stats = self._engine.stats
+                self._tend()
         except Exception:
             logger.exception("the engine's step loop died")
             trouble = "the engine has died"
         self._streams.shut(trouble)
+        if trouble != _CLOSED:
+            self._residents.lose()
 
     def _take_commands(self) -> bool:
         """Hand on what has come in; wait for something if there is nothing to do. False: end the loop."""
@@ -73,6 +81,14 @@ class EngineThread(StreamingClient):
                 continue
             if command is None:
                 return False
-            self._engine.handle(command)
-            self._stats = self._engine.stats
+            if not isinstance(command, bool):
+                self._engine.handle(command)
+            self._tend()
         return True
+
+    def _tend(self) -> None:
+        """Pass on what has come of orders about aligners, and the numbers."""
+        if outcomes := self._engine.tend():
+            self._streams.renew(self._engine.limits)
+            self._residents.take(outcomes)
+        self._stats = self._engine.stats

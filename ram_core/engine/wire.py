@@ -11,7 +11,7 @@ from msgspec import Struct
 from ram_core import errors
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.limits import EngineLimits
-from ram_core.engine.messages import Cancel, EngineStats, Event, Request
+from ram_core.engine.messages import AlignerOutcome, Command, EngineBegan, EngineStats, Event
 from ram_core.errors import RamError
 
 _ERRORS: dict[str, type[RamError]] = {
@@ -30,7 +30,7 @@ class Stop(Struct, frozen=True, tag=True, array_like=True):
     """The last order: end, whatever still runs."""
 
 
-Order = Load | Request | Cancel | Stop
+Order = Load | Command | Stop
 
 
 class Loading(Struct, frozen=True, tag=True, array_like=True):
@@ -49,6 +49,14 @@ class Ready(Struct, frozen=True, tag=True, array_like=True):
     """The models are loaded; orders are taken from now on."""
 
     limits: EngineLimits
+    began: EngineBegan
+
+
+class AlignersChanged(Struct, frozen=True, tag=True, array_like=True):
+    """What became of aligners that were ordered or are to go, and the limits that hold from now on."""
+
+    outcomes: tuple[AlignerOutcome, ...]
+    limits: EngineLimits
 
 
 class Report(Struct, frozen=True, tag=True, array_like=True):
@@ -58,7 +66,7 @@ class Report(Struct, frozen=True, tag=True, array_like=True):
     stats: EngineStats
 
 
-News = Loading | Refused | Ready | Report
+News = Loading | Refused | Ready | AlignersChanged | Report
 
 
 def _pack(value: Any) -> Any:

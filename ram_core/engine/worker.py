@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -14,6 +15,7 @@ from ram_core.engine.client import HEARTBEAT_S
 from ram_core.engine.followers import begin_followers
 from ram_core.engine.parent import begin_logging, die_with
 from ram_core.engine.wire import (
+    AlignersChanged,
     Load,
     Loading,
     News,
@@ -48,6 +50,10 @@ class Line:
             socket.linger = _LAST_WORDS_MS
         self._orders.bind(orders_at)
         self._news.connect(news_at)
+        self._alarm = os.eventfd(0, os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        for source in (self._orders, self._alarm):
+            self._poller.register(source, zmq.POLLIN)
 
     def tell(self, news: News) -> None:
         """Hand on news; never waits."""
@@ -58,11 +64,16 @@ class Line:
         return decode_order(self._orders.recv())
 
     def take(self, wait_s: float) -> Iterator[Order]:
-        """All orders that are there; waits for a first one at most `wait_s`."""
-        is_there = self._orders.poll(round(wait_s * 1000))
-        while is_there:
+        """All orders that are there; waits at most `wait_s` for a first one, or for `wake`."""
+        ready = dict(self._poller.poll(round(wait_s * 1000)))
+        if self._alarm in ready:
+            os.eventfd_read(self._alarm)
+        while self._orders.poll(0):
             yield decode_order(self._orders.recv())
-            is_there = self._orders.poll(0)
+
+    def wake(self) -> None:
+        """Have `take` look around at once; any thread may call it."""
+        os.eventfd_write(self._alarm, 1)
 
 
 def main(orders_at: str, news_at: str, parent_pid: str) -> None:
@@ -80,7 +91,8 @@ def main(orders_at: str, news_at: str, parent_pid: str) -> None:
             line.tell(Refused(error))
             sys.exit(1)
         assert engine is not None, "this is the first rank"
-        line.tell(Ready(engine.limits))
+        engine.wake = line.wake
+        line.tell(Ready(engine.limits, engine.began))
         try:
             run(engine, line)
         except Exception:
@@ -107,3 +119,5 @@ def run(engine: Engine, line: Line) -> None:
             engine.handle(order)
         events = engine.step() if engine.has_work else ()
         line.tell(Report(tuple(events), engine.stats))
+        if outcomes := engine.tend():
+            line.tell(AlignersChanged(tuple(outcomes), engine.limits))

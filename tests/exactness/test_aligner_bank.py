@@ -318,6 +318,14 @@ def newcomer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     return plain_weights(load(path).model)
 
 
+def replace_with(group: AlignerGroup, name: str, weights: dict[str, Tensor]) -> int:
+    """Another aligner of the same name in a slot of its own; returns the slot that it had."""
+    slot, left = group.stage(weights), group.remove(name)
+    assert slot is not None
+    group.add(name, slot)
+    return left
+
+
 def test_a_swap_leaves_running_sequences_alone_and_serves_new_ones(
     roomy: Engine, config: EngineConfig, newcomer: dict[str, Tensor]
 ) -> None:
@@ -330,11 +338,11 @@ def test_a_swap_leaves_running_sequences_alone_and_serves_new_ones(
     told: dict[str, list[TokenEvent]] = {"before": [], "after": []}
     for step in range(100):
         if step == 3:
-            [slot] = group.free_slots
-            group.stage(slot, newcomer)
+            slot = group.stage(newcomer)
             assert group.is_settled(slot)
         if step == 5:
-            left = group.flip("polite", slot)
+            left = group.remove("polite")
+            group.add("polite", slot)
             roomy.handle(after)
         for event in roomy.step():
             if isinstance(event, TokenEvent):
@@ -344,8 +352,8 @@ def test_a_swap_leaves_running_sequences_alone_and_serves_new_ones(
     assert told["before"] == old
     fresh = Engine.load(replace(config, aligner_slots=3))
     own = fresh.bank.group_of["polite"]
-    own.stage(2, newcomer)
-    own.flip("polite", 2)
+    own.remove("polite")
+    own.add("polite", own.stage(newcomer))
     [new] = run_together(fresh, [after]).values()
     assert [event.token_id for event in told["after"]] == [event.token_id for event in new]
     kls = [torch.tensor([event.telemetry.kl_p_q for event in events]) for events in (told["after"], new, old)]
@@ -361,28 +369,33 @@ def test_after_a_swap_no_old_page_is_found(
     request = Request("a", PROMPTS[3], GREEDY, ALIGNED)
     group = roomy.bank.group_of["polite"]
     run_together(roomy, [request])
-    group.stage(2, newcomer)
-    group.free(group.flip("polite", 2))
+    group.free(replace_with(group, "polite", newcomer))
     counted = CountedTokens(monkeypatch, roomy, "polite")
     run_together(roomy, [request])
     assert counted.num_tokens == len(PROMPTS[3]) + GREEDY.max_tokens - 1
     # Nor is one of the version before last, though it had the same slot.
-    group.stage(0, newcomer)
-    group.flip("polite", 0)
+    assert group.stage(newcomer) == 0
+    group.remove("polite")
+    group.add("polite", 0)
     run_together(roomy, [request])
     assert counted.num_tokens == 2 * (len(PROMPTS[3]) + GREEDY.max_tokens - 1)
 
 
 def test_a_slot_in_use_is_neither_filled_nor_freed(roomy: Engine, newcomer: dict[str, Tensor]) -> None:
     group = roomy.bank.group_of["polite"]
-    for slot in (0, 1, 3):
-        with pytest.raises(ValueError, match=f"slot {slot} of .* is not free"):
-            group.stage(slot, newcomer)
     for slot in (0, 2, 3):
         with pytest.raises(ValueError, match=f"slot {slot} of .* holds nothing"):
-            group.flip("terse", slot)
+            group.add("new", slot)
+    assert group.stage(newcomer) == 2
+    assert group.stage(newcomer) is None
+    with pytest.raises(ValueError, match="has an aligner `terse` already"):
+        group.add("terse", 2)
     with pytest.raises(ValueError, match=r"slot 1 of .* is in use"):
         group.free(1)
+    assert group.remove("terse") == 1
+    assert group.stage(newcomer) is None, "steps may still read what was removed"
+    group.free(1)
+    assert group.free_slots == (1,)
 
 
 def test_weights_of_another_architecture_leave_the_slot_free(
@@ -393,7 +406,7 @@ def test_weights_of_another_architecture_leave_the_slot_free(
     other = {name: weight[:4] for name, weight in newcomer.items()}
     for weights in (short, newcomer | {"extra": torch.zeros(1)}, other):
         with pytest.raises(CheckpointError, match="another architecture"):
-            group.stage(2, weights)
+            group.stage(weights)
     assert group.free_slots == (2,)
     assert [len(events) for events in run_together(roomy, [Request("a", PROMPTS[0], GREEDY, TWICE)]).values()]
 
@@ -402,7 +415,9 @@ def test_a_model_by_itself_has_no_slots(config: EngineConfig) -> None:
     [group, _] = Engine.load(replace(config, aligner_bank=False)).bank.groups
     assert isinstance(group, AlignerGroup)
     assert group.free_slots == ()
-    with pytest.raises(ValueError, match="not free"):
-        group.stage(0, {})
-    with pytest.raises(ValueError, match="a model by itself"):
-        group.flip("polite", 0)
+    assert group.stage({}) is None
+    with pytest.raises(ValueError, match="holds nothing"):
+        group.add("new", 0)
+    assert not group.is_empty
+    group.free(group.remove("polite"))
+    assert group.is_empty

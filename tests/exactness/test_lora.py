@@ -192,8 +192,9 @@ def test_an_adapter_is_changed_while_the_others_are_served(base: Path, adapters:
     engine = Engine.load(make_config(base, adapters, aligner_slots=4))
     [group] = engine.bank.groups
     layers = load_lora(read_lora_config(str(adapters["odd"])), linear_shapes(plain(base)))
-    group.stage(3, layers)
-    left = group.flip("narrow", 3)
+    assert group.stage(layers) == 3
+    left = group.remove("narrow")
+    group.add("narrow", 3)
     names = ("narrow", "all", "odd")
     told = run_together(engine, [Request(name, PROMPTS[2], GREEDY, aligned(name)) for name in names])
     drawn = {name: [event.token_id for event in told[name]] for name in names}

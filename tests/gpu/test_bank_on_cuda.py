@@ -153,9 +153,10 @@ def test_a_swap_beside_running_steps_changes_none_of_them(
     step = 0
     while engine.has_work:
         if step == 3:
-            group.stage(2, newcomer)
+            assert group.stage(newcomer) == 2
         if step == 8:
-            group.flip("polite", 2)
+            group.remove("polite")
+            group.add("polite", 2)
             engine.handle(after)
         for event in engine.step():
             if isinstance(event, TokenEvent):

@@ -15,6 +15,7 @@ from ram_core import errors
 from ram_core.engine.client import HEARTBEAT_S, StreamingClient
 from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.messages import (
+    AlignerOutcome,
     Cancel,
     EngineStats,
     Event,
@@ -249,6 +250,9 @@ class FakeEngine:
 
     def handle(self, command: object) -> None:
         self._left = self._num_steps
+
+    def tend(self) -> list[AlignerOutcome]:
+        return []
 
     def step(self) -> list[Event]:
         self._left -= 1

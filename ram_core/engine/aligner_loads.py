@@ -1,0 +1,99 @@
+"""Loads aligners beside the steps: one at a time, in a thread that takes little from them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ram_core.engine.messages import AlignerFailed, AlignerProgress, LoadAligner
+from ram_core.engine.newcomers import Newcomer
+from ram_core.errors import RamError
+from ram_core.models.source import one_line
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[LoadAligner, Callable[[float], None]], Sequence[Newcomer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """All models of an aligner are in memory."""
+
+    order: LoadAligner
+    newcomers: tuple[Newcomer, ...]
+
+
+Outcome = AlignerProgress | AlignerFailed | Arrived
+
+
+class AlignerLoads:
+    """Does `work` for one order after the other; `wake` is called when there is something to `take`.
+
+    The thread that makes the steps calls it.
+    """
+
+    def __init__(self, work: Work, wake: Callable[[], None]) -> None:
+        self._work = work
+        self._wake = wake
+        self._orders: deque[LoadAligner] = deque()
+        self._outcomes: deque[Outcome] = deque()
+        self._current: LoadAligner | None = None
+
+    def begin(self, order: LoadAligner) -> None:
+        """Load an aligner when those that were ordered before are there."""
+        self._orders.append(order)
+        self._begin_next()
+
+    @property
+    def orders(self) -> list[LoadAligner]:
+        """Those that have no outcome yet."""
+        return [*([self._current] if self._current else []), *self._orders]
+
+    def take(self) -> list[Outcome]:
+        """What has come of the orders since the last time."""
+        taken = []
+        while self._outcomes:
+            outcome = self._outcomes.popleft()
+            taken.append(outcome)
+            if not isinstance(outcome, AlignerProgress):
+                self._current = None
+        self._begin_next()
+        return taken
+
+    def _begin_next(self) -> None:
+        if self._current is not None or not self._orders:
+            return
+        self._current = self._orders.popleft()
+        has_begun = threading.Event()
+        num_threads = torch.get_num_threads()
+        threading.Thread(
+            target=self._run, args=(self._current, has_begun), name="ram-loader", daemon=True
+        ).start()
+        has_begun.wait()
+        # What the thread said for itself holds for others that begin later, too.
+        torch.set_num_threads(num_threads)
+
+    def _run(self, order: LoadAligner, has_begun: threading.Event) -> None:
+        # Not to fight the steps for all cores at once.
+        torch.set_num_threads(1)
+        has_begun.set()
+        self._outcomes.append(self._outcome(order))
+        self._wake()
+
+    def _outcome(self, order: LoadAligner) -> Outcome:
+        try:
+            return Arrived(order, tuple(self._work(order, lambda fraction: self._progress(order, fraction))))
+        except RamError as error:
+            return AlignerFailed(order.aligner, str(error))
+        except Exception as error:
+            logger.exception("loading %s failed", order.aligner)
+            return AlignerFailed(order.aligner, one_line(error))
+
+    def _progress(self, order: LoadAligner, fraction: float) -> None:
+        self._outcomes.append(AlignerProgress(order.aligner, fraction))
+        self._wake()
