@@ -1,9 +1,9 @@
 """Attention of the rows that are being written, in compiled code that reads keys and values where they lie.
 
 PyTorch's scaled dot product wants a row's keys one after the other, so pages would be copied for it first,
-padding included, in every layer of every step. Here a row's share of the heads is computed page by page: what
-is read is what the row has, once for all query heads that share it, by one thread from the first token to the
-last, so that a row's bits depend on nothing but itself. For float32 on CPU.
+padding included, in every layer of every step. Here a row is computed page by page: what is read is what the
+row has, once for all query heads that share it, by one thread from the first token to the last, so that a
+row's bits depend on nothing but itself. For float32 on CPU.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from ram_core.resampling.threads import run_parts
 _NUMBERS_A_THREAD = 1 << 15
 _plain, _sums = inner("contract"), inner("contract", "reassoc")
 
+Count = tuple[None, ...]
+"""A number that the compiler knows, as the length of a tuple is part of its type: loops over a head's numbers
+come out unrolled, which makes them twice as fast."""
+
 
 class Layer(NamedTuple):
     """One layer's tensors: queries, new keys and values, the pool's memory, and where the output goes."""
@@ -46,6 +50,14 @@ class Rows(NamedTuple):
     pages: I64
     contexts: I64
     slots: I64
+
+
+class Shape(NamedTuple):
+    """What a layer's code is made for: numbers in a key and in a value, query heads that share them."""
+
+    key: Count
+    value: Count
+    group: Count
 
 
 def can_attend(query: Tensor) -> bool:
@@ -71,22 +83,25 @@ def attend_decode(
     tensors = Layer(*new, *memory, out.numpy())  # type: ignore[call-arg]  # mypy does not count them
     rows = Rows(batch.page_table.numpy(), batch.context_lens.numpy(), batch.slots.numpy())
     scale = np.float32(dim**-0.5 if scaling is None else scaling)
+    shape = Shape((None,) * dim, (None,) * value.shape[-1], (None,) * (num_heads // len(key)))
     longest = batch.page_table.shape[1] * batch.page_size
-    worthwhile = num_rows * longest * key.shape[0] * dim // _NUMBERS_A_THREAD
-    num_parts = min(max(worthwhile, 1), torch.get_num_threads(), num_rows * key.shape[0])
+    worthwhile = num_rows * longest * len(key) * dim // _NUMBERS_A_THREAD
+    num_parts = min(max(worthwhile, 1), torch.get_num_threads(), num_rows * len(key))
+    # A row's heads lie side by side and are best read together, if that leaves work for every thread.
+    heads_at_once = len(key) if num_rows >= num_parts else 1
 
     def attend_share(first: int, stride: int) -> None:
-        scores = np.empty((num_heads // key.shape[0], longest), np.float32)
-        attend_rows(tensors, rows, scores, scale, window or longest, first, stride)
+        scores = np.empty((num_heads, longest), np.float32)
+        attend_rows(tensors, rows, shape, scores, scale, window or longest, heads_at_once, first, stride)
 
     run_parts(attend_share, num_parts)
     return out
 
 
 @_sums
-def _dot(a: F32, b: F32) -> np.float32:
+def _dot(a: F32, b: F32, count: Count) -> np.float32:
     total = np.float32(0)
-    for i in range(len(a)):
+    for i in range(len(count)):
         total += a[i] * b[i]
     return total
 
@@ -110,64 +125,86 @@ def _softmax(scores: F32) -> None:
 
 
 @_plain
-def _score(layer: Layer, rows: Rows, scores: F32, scale: np.float32, first: int, row: int, head: int) -> None:
+def _score(
+    layer: Layer,
+    rows: Rows,
+    shape: Shape,
+    scores: F32,
+    scale: np.float32,
+    first: int,
+    row: int,
+    heads: tuple[int, int],
+) -> None:
     """The scaled products of a row's queries with its keys from token `first` on."""
-    page_size, group, context = layer.keys.shape[1], len(scores), rows.contexts[row]
+    page_size, group, context = layer.keys.shape[1], len(shape.group), rows.contexts[row]
     for start in range(first // page_size * page_size, context, page_size):
         page = rows.pages[row, start // page_size]
         for i in range(max(first, start), min(start + page_size, context)):
-            key = layer.keys[page, i - start, head]
-            for g in range(group):
-                scores[g, i - first] = _dot(layer.query[row, head * group + g], key) * scale
+            for head in range(heads[0], heads[1]):
+                key = layer.keys[page, i - start, head]
+                for at in range(head * group, (head + 1) * group):
+                    scores[at, i - first] = _dot(layer.query[row, at], key, shape.key) * scale
 
 
 @_plain
-def _add_one(out: F32, share: np.float32, value: F32) -> None:
-    for d in range(len(out)):
+def _add_one(out: F32, share: np.float32, value: F32, count: Count) -> None:
+    for d in range(len(count)):
         out[d] += share * value[d]
 
 
 @_plain
-def _add_four(out: F32, shares: F32, a: F32, b: F32, c: F32, d: F32) -> None:
+def _add_four(out: F32, shares: F32, a: F32, b: F32, c: F32, d: F32, count: Count) -> None:
     """Of four tokens at once, as the sums are read and written each time."""
     s, t, u, v = shares[0], shares[1], shares[2], shares[3]
-    for i in range(len(out)):
+    for i in range(len(count)):
         out[i] += s * a[i] + t * b[i] + u * c[i] + v * d[i]
 
 
 @_plain
-def _add_up(layer: Layer, rows: Rows, shares: F32, first: int, row: int, head: int, out: F32) -> None:
-    """The sum of a row's values from token `first` on, each times its share."""
-    page_size, context = layer.values.shape[1], rows.contexts[row]
-    out[:] = 0
+def _add_up(
+    layer: Layer, rows: Rows, shape: Shape, shares: F32, first: int, row: int, heads: tuple[int, int]
+) -> None:
+    """The sums of a row's values from token `first` on, each times its share."""
+    page_size, group, context = layer.values.shape[1], len(shape.group), rows.contexts[row]
+    values = layer.values
     for start in range(first // page_size * page_size, context, page_size):
-        values, page = layer.values, rows.pages[row, start // page_size]
+        page = rows.pages[row, start // page_size]
         i, end = max(first - start, 0), min(page_size, context - start)
         while i + 4 <= end:
-            at = start + i - first
-            s, t, u, v = shares[at], shares[at + 1], shares[at + 2], shares[at + 3]
-            w, x = values[page, i, head], values[page, i + 1, head]
-            y, z = values[page, i + 2, head], values[page, i + 3, head]
-            for d in range(len(out)):
-                out[d] += s * w[d] + t * x[d] + u * y[d] + v * z[d]
+            begin = start + i - first
+            for head in range(heads[0], heads[1]):
+                w, x = values[page, i, head], values[page, i + 1, head]
+                y, z = values[page, i + 2, head], values[page, i + 3, head]
+                for at in range(head * group, (head + 1) * group):
+                    _add_four(layer.out[row, at], shares[at, begin : begin + 4], w, x, y, z, shape.value)
             i += 4
         while i < end:
-            _add_one(out, shares[start + i - first], values[page, i, head])
+            for head in range(heads[0], heads[1]):
+                for at in range(head * group, (head + 1) * group):
+                    share = shares[at, start + i - first]
+                    _add_one(layer.out[row, at], share, values[page, i, head], shape.value)
             i += 1
 
 
 @_plain
 def _attend(
-    layer: Layer, rows: Rows, scores: F32, scale: np.float32, window: int, row: int, head: int
+    layer: Layer,
+    rows: Rows,
+    shape: Shape,
+    scores: F32,
+    scale: np.float32,
+    window: int,
+    row: int,
+    heads: tuple[int, int],
 ) -> None:
-    """One row's query heads that share the key-value head `head`."""
-    group, context = len(scores), rows.contexts[row]
+    """One row's query heads that share the key-value heads from `heads[0]` to before `heads[1]`."""
+    group, context = len(shape.group), rows.contexts[row]
     first = max(context - window, 0)
-    _score(layer, rows, scores, scale, first, row, head)
-    for g in range(group):
-        shares = scores[g, : context - first]
-        _softmax(shares)
-        _add_up(layer, rows, shares, first, row, head, layer.out[row, head * group + g])
+    _score(layer, rows, shape, scores, scale, first, row, heads)
+    for at in range(heads[0] * group, heads[1] * group):
+        _softmax(scores[at, : context - first])
+        layer.out[row, at] = 0
+    _add_up(layer, rows, shape, scores, first, row, heads)
 
 
 def _compile(made_of: int) -> Any:
@@ -175,17 +212,28 @@ def _compile(made_of: int) -> Any:
 
     @entry
     def attend_rows(
-        layer: Layer, rows: Rows, scores: F32, scale: np.float32, window: int, first: int, stride: int
+        layer: Layer,
+        rows: Rows,
+        shape: Shape,
+        scores: F32,
+        scale: np.float32,
+        window: int,
+        heads_at_once: int,
+        first: int,
+        stride: int,
     ) -> None:
-        """Every `stride`th pair of a row and a key-value head, from the `first` on."""
+        """Every `stride`th part from the `first` on, of all rows' runs of `heads_at_once` heads."""
         assert made_of >= 0
         num_heads, page_size = layer.keys.shape[2], layer.keys.shape[1]
-        for pair in range(first, len(layer.query) * num_heads, stride):
-            row, head = pair // num_heads, pair % num_heads
+        num_runs = num_heads // heads_at_once
+        for part in range(first, len(layer.query) * num_runs, stride):
+            row, begin = part // num_runs, part % num_runs * heads_at_once
+            heads = begin, begin + heads_at_once
             page, offset = rows.slots[row] // page_size, rows.slots[row] % page_size
-            _remember(layer.key[row, head], layer.keys[page, offset, head])
-            _remember(layer.value[row, head], layer.values[page, offset, head])
-            _attend(layer, rows, scores, scale, window, row, head)
+            for head in range(heads[0], heads[1]):
+                _remember(layer.key[row, head], layer.keys[page, offset, head])
+                _remember(layer.value[row, head], layer.values[page, offset, head])
+            _attend(layer, rows, shape, scores, scale, window, row, heads)
 
     return attend_rows
 

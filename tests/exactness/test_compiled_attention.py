@@ -93,7 +93,8 @@ def test_the_layers_own_scaling_counts(scaling: float) -> None:
     ours = attend_decode(
         step.batch(), step.copy_of_pool(), 0, step.query, step.key, step.value, scaling, None
     )
-    assert (ours - step.gathered(AttentionOptions(scaling))[0]).abs().max() < 3e-6
+    # Larger scores are rounded to larger steps.
+    assert (ours - step.gathered(AttentionOptions(scaling))[0]).abs().max() < 3e-6 * max(scaling, 1)
 
 
 def test_a_rows_bits_do_not_depend_on_its_neighbours() -> None:
