@@ -72,9 +72,7 @@ MODEL_MUTANTS = [
         ("        scores[i] /= total", "        pass"),
         ("        layer.out[row, at] = 0\n", ""),
         ("i += 4", "i += 3"),
-        ("range(first, len(layer.query) * num_runs, stride)", "range(0, len(layer.query) * num_runs, 1)"),
         ("range(first, len(layer.query) * num_runs, stride)", "range(first, len(layer.query), stride)"),
-        ("part % num_runs * heads_at_once", "part % num_runs"),
         ("_remember(layer.value[row, head]", "_remember(layer.key[row, head]"),
     ),
     *mutants(
