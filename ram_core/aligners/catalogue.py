@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from ram_core.aligners.manifest import Term, require_terms
 from ram_core.aligners.names import SELF, require_name, require_version
 from ram_core.aligners.shares import choose
-from ram_core.aligners.states import ResolvedTerm, State, Version, VersionKey
+from ram_core.aligners.states import AskedAligner, Resolution, ResolvedTerm, State, Version, VersionKey
 from ram_core.errors import InvalidRequest, UnknownModel
-from ram_core.params import MAX_STRENGTH, AlignerTerm
+from ram_core.params import MAX_STRENGTH
 
 MAX_EARLIER = 8
 MAX_FOLLOWED = 128
@@ -54,14 +54,27 @@ class Entry:
 
 
 class Catalogue:
-    """All entries. Decides nothing about memory."""
+    """All entries. Decides nothing about memory.
+
+    `restless` has every version that may have to be freed, put to rest or forgotten, so that nobody need look
+    at all of them.
+    """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self.restless: set[VersionKey] = set()
+        self._names: tuple[str, ...] | None = None
 
     def __iter__(self) -> Iterator[Version]:
         for entry in self.entries.values():
             yield from entry.versions.values()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The aligners that answer requests, as they were made known; the same object until they change."""
+        if self._names is None:
+            self._names = tuple(name for name, entry in self.entries.items() if entry.shares)
+        return self._names
 
     def entry(self, name: str) -> Entry:
         """The aligner of a name; raises `UnknownModel` if none has it."""
@@ -102,40 +115,54 @@ class Catalogue:
         version.source, version.strength, version.is_withdrawn = source, strength, False
         if not entry.shares:
             entry.shares = {key.version: 1.0}
+        self._names = None
         return version
+
+    def silence(self, name: str) -> None:
+        """Let an aligner answer no requests, now or after a step back."""
+        entry = self.entry(name)
+        entry.shares, entry.earlier = {}, []
+        self._names = None
+
+    def move(self, name: str, shares: Shares, *, is_step_back: bool) -> list[Version]:
+        """Let other versions of an aligner answer new requests; return those that no longer do."""
+        entry = self.entry(name)
+        self._names = None
+        return [entry.versions[left] for left in entry.move_to(shares, is_step_back=is_step_back)]
 
     def forget(self, key: VersionKey) -> None:
         """Drop a version that is not in memory, and its aligner if that has no other one."""
         entry = self.entries[key.name]
         del entry.versions[key.version]
+        self.restless.discard(key)
+        self._names = None
         entry.earlier = [shares for shares in entry.earlier if key.version not in shares]
         if key.version in entry.shares:
             rest = {version: share for version, share in entry.shares.items() if version != key.version}
+            rest = rest or _newest(entry)
             entry.shares = normalised(rest) if rest else {}
         if not entry.versions:
             del self.entries[key.name]
 
-    def resolve(
-        self, terms: Iterable[AlignerTerm | str], sticky_key: str
-    ) -> tuple[tuple[VersionKey, ...], tuple[ResolvedTerm, ...]]:
+    def resolve(self, aligners: Iterable[AskedAligner], sticky_key: str) -> Resolution:
         """The version of each aligner that is named, and the models and exponents that they come to.
 
-        A name alone takes the version's own strength. Exponents of one model add up; what comes to 0 is
-        left out.
+        Exponents of one model add up.
 
         Raises:
             UnknownModel: nobody answers to a name.
             InvalidRequest: a preset that leads to itself, too many terms, or too large an exponent.
         """
         chosen: list[VersionKey] = []
+        strengths: list[float] = []
         sum_ = _Sum()
-        for term in terms:
-            name = term if isinstance(term, str) else term.aligner
-            version = self._choose(name, sticky_key)
+        for asked in aligners:
+            version = self._choose(asked.name, sticky_key)
+            strength = asked.scale * (version.strength if asked.strength is None else asked.strength)
             chosen.append(version.key)
-            strength = version.strength if isinstance(term, str) else term.strength
-            self._expand(version, strength, sticky_key, (name,), sum_)
-        return tuple(chosen), sum_.resolved()
+            strengths.append(strength)
+            self._expand(version, strength, sticky_key, (asked.name,), sum_)
+        return Resolution(tuple(chosen), tuple(strengths), sum_.resolved())
 
     def _choose(self, name: str, sticky_key: str) -> Version:
         entry = self.entry(name)
@@ -183,7 +210,13 @@ class _Sum:
                     f"`{key.name}` comes to the strength {exponent:g}, beyond ±{MAX_STRENGTH:g}.",
                     param="aligners",
                 )
-        return tuple(ResolvedTerm(*model, exponent) for model, exponent in self.exponents.items() if exponent)
+        # Also those that come to 0: they change nothing, and tell what they would say.
+        return tuple(ResolvedTerm(*model, exponent) for model, exponent in self.exponents.items())
+
+
+def _newest(entry: Entry) -> dict[str, float]:
+    """The version that was made known last, to answer when none is left that did; none if all are going."""
+    return {version: 1.0 for version, each in list(entry.versions.items())[-1:] if not each.is_withdrawn}
 
 
 def normalised(weights: Mapping[str, float]) -> Shares:

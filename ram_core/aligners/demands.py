@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ram_core.aligners.catalogue import Catalogue, Shares
@@ -14,7 +14,7 @@ from ram_core.aligners.states import (
     Promoted,
     PromotionFailed,
     Refuse,
-    ResolvedTerm,
+    Resolution,
     StartLoad,
     StartVerify,
     State,
@@ -29,8 +29,7 @@ class Asking:
     """A request that waits."""
 
     request_id: str
-    chosen: tuple[VersionKey, ...]
-    terms: tuple[ResolvedTerm, ...]
+    resolution: Resolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +46,19 @@ class Loading:
     """A load that an operator asked for."""
 
     key: VersionKey
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a demand cannot be met: in words for whoever asks, and for operators, who may know everything."""
+
+    words: str
+    detail: str
+
+    def for_request(self, resolution: Resolution) -> AlignerUnavailable:
+        """What a request hears: only of what it named itself, as it may not know of a preset's parts."""
+        named = ", ".join(f"`{key.name}`" for key in resolution.chosen)
+        return AlignerUnavailable(f"Aligner {named}: {self.words}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +82,50 @@ class Demand:
 
 
 class Demands:
-    """All demands, and the requests whose demands were met; changes versions, and says what is to be done."""
+    """All demands, and the requests whose demands were met; changes versions, and says what is to be done.
+
+    While not `is_open`, nothing is begun: there is no executor.
+    """
 
     def __init__(
         self, catalogue: Catalogue, *, memory_bytes: int, max_jobs: int, clock: Callable[[], float]
     ) -> None:
         self.leases: dict[str, frozenset[VersionKey]] = {}
+        self.memory_bytes = memory_bytes
+        self.is_open = True
         self._catalogue = catalogue
-        self._memory_bytes = memory_bytes
         self._max_jobs = max_jobs
         self._clock = clock
         self._pending: dict[tuple[str, object], Demand] = {}
 
     def __iter__(self) -> Iterator[Demand]:
         return iter(self._pending.values())
+
+    def __len__(self) -> int:
+        return len(self._pending)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return sum(isinstance(demand.what, Asking) for demand in self)
+
+    def grant(self, request_id: str, resolution: Resolution, keys: frozenset[VersionKey]) -> Grant:
+        """Let a request begin on versions that are all in memory."""
+        now_s = self._clock()
+        self.leases[request_id] = keys
+        for key in keys:
+            version = self._catalogue.version(key)
+            version.num_references += 1
+            version.last_used_s = now_s
+            if key.version in self._catalogue.entry(key.name).shares:
+                self._keep(version)
+        return Grant(request_id, resolution)
+
+    def leave(self, version: Version) -> None:
+        """Let a version go as soon as nobody needs it, if it is, or will be, in memory and is not pinned."""
+        if not (version.is_pinned or version.is_virtual):
+            version.is_leaving = version.is_loaded or version.is_started
+            self._catalogue.restless.add(version.key)
 
     def add(self, demand: Demand) -> None:
         """One more, behind all others; one that is there already keeps its place."""
@@ -94,9 +136,9 @@ class Demands:
         demand = self._pending.get(("move", name))
         return demand.what if demand is not None and isinstance(demand.what, Moving) else None
 
-    def drop_request(self, request_id: str) -> None:
-        """A request does not wait any more, if it did."""
-        self._pending.pop(("request", request_id), None)
+    def drop_request(self, request_id: str) -> bool:
+        """A request does not wait any more; whether it did."""
+        return self._pending.pop(("request", request_id), None) is not None
 
     def drop_load(self, key: VersionKey) -> None:
         """An operator's load is not wanted any more, if it was."""
@@ -114,7 +156,7 @@ class Demands:
             demand.what
             for demand in self
             if isinstance(demand.what, Asking)
-            and any(key.name == name for key in (*demand.what.chosen, *demand.keys))
+            and any(key.name == name for key in (*demand.what.resolution.chosen, *demand.keys))
         ]
         for asking in refused:
             self.drop_request(asking.request_id)
@@ -123,74 +165,83 @@ class Demands:
     @property
     def num_jobs(self) -> int:
         """Verifications and loads under way."""
-        return sum(version.state is State.VERIFYING or version.is_started for version in self._catalogue)
+        return sum(version.is_started or version.state is State.VERIFYING for version in self._catalogue)
 
     def settle(self) -> list[Action]:
         """Answer who can be answered, free what nobody needs, and start what is needed."""
-        actions = [action for demand in list(self) for action in self._answer(demand)]
-        wanted = frozenset(key for demand in self for key in demand.keys)
-        for version in list(self._catalogue):
-            if version.is_leaving and version.is_loaded:
-                version.state = State.DRAINING
-                if not version.num_references and version.key not in wanted:
-                    actions.append(free(version))
-            elif version.is_queued and version.key not in wanted:
-                version.rest()
-            if version.is_withdrawn and not version.is_in_memory and not version.is_busy:
-                self._catalogue.forget(version.key)
-        return actions + self._start() if self._pending else actions
+        actions: list[Action] = []
+        if self._pending:
+            pinned = [version for version in self._catalogue if version.is_pinned and version.held_bytes]
+            actions = [action for demand in list(self) for action in self._answer(demand, pinned)]
+        if self._catalogue.restless:
+            wanted = frozenset(key for demand in self for key in demand.keys)
+            for key in sorted(self._catalogue.restless):
+                actions += self._calm(self._catalogue.version(key), is_wanted=key in wanted)
+        return actions + self._start() if self._pending and self.is_open else actions
 
-    def _answer(self, demand: Demand) -> list[Action]:
+    def _calm(self, version: Version, *, is_wanted: bool) -> list[Action]:
+        """Free, put to rest or forget a version, if that is what it waits for, and can be."""
+        actions: list[Action] = []
+        if version.is_leaving and version.is_loaded:
+            version.state = State.DRAINING
+            if not version.num_references and not is_wanted:
+                actions.append(free(version))
+        elif version.is_queued and not is_wanted:
+            version.rest()
+        if version.is_withdrawn and not version.is_in_memory and not version.is_busy:
+            self._catalogue.forget(version.key)
+        elif not (version.is_leaving or version.is_queued or version.is_withdrawn):
+            self._catalogue.restless.discard(version.key)
+        return actions
+
+    def _answer(self, demand: Demand, pinned: Iterable[Version]) -> list[Action]:
         """What a demand comes to now: nothing while it waits."""
-        error = self._refusal(demand)
-        if error is None and not all(self._catalogue.version(key).is_loaded for key in demand.keys):
-            return []
+        versions = [self._catalogue.find(key) for key in demand.keys]
+        if not all(version is not None and version.is_loaded for version in versions):
+            refusal = self._refusal(demand, pinned)
+            if refusal is None:
+                return []
+            del self._pending[demand.id]
+            return self._refuse(demand.what, refusal)
         del self._pending[demand.id]
-        if error is not None:
-            return self._refuse(demand.what, error)
-        now_s = self._clock()
-        for key in demand.keys:
-            self._catalogue.version(key).last_used_s = now_s
         match demand.what:
-            case Asking(request_id, chosen, terms):
-                self.leases[request_id] = demand.keys
-                for key in demand.keys:
-                    self._catalogue.version(key).num_references += 1
-                    if key.version in self._catalogue.entry(key.name).shares:
-                        self._keep(key)
-                return [Grant(request_id, chosen, terms)]
+            case Asking(request_id, resolution):
+                return [self.grant(request_id, resolution, demand.keys)]
             case Moving(name, shares, is_step_back):
                 return [self._flip(name, shares, is_step_back=is_step_back)]
             case Loading(key):
-                self._keep(key)
+                version = self._catalogue.version(key)
+                version.last_used_s = self._clock()
+                self._keep(version)
                 return []
 
-    def _refusal(self, demand: Demand) -> RamError | None:
+    def _refusal(self, demand: Demand, pinned: Iterable[Version]) -> Refusal | None:
         """Why a demand cannot be met any more."""
         for key in demand.keys:
             version = self._catalogue.find(key)
             if version is None or (version.is_withdrawn and not (version.is_loaded or version.is_started)):
-                return AlignerUnavailable(f"The aligner `{key}` has been removed.")
+                return Refusal("it has been removed", f"The aligner `{key}` has been removed.")
             if version.state is State.FAILED or (version.is_freeing and version.reason):
-                return AlignerUnavailable(f"The aligner `{key}` could not be loaded: {version.reason}.")
-        pinned = [version for version in self._catalogue if version.is_pinned and version.held_bytes]
+                return failure_of(version)
         kept = sum(version.held_bytes for version in pinned if version.key not in demand.keys)
         need = sum(self._catalogue.version(key).need_bytes for key in demand.keys)
-        if need and need + kept > self._memory_bytes:
-            return AlignerUnavailable(
-                f"{', '.join(map(str, sorted(demand.keys)))}: {need} bytes are needed at once, and {kept} of "
-                f"the {self._memory_bytes} for aligners are pinned."
+        names = ", ".join(map(str, sorted(demand.keys)))
+        if need and need + kept > self.memory_bytes:
+            return Refusal(
+                "there is no room for it in memory",
+                f"{names}: {need} bytes are needed at once, and {kept} of the {self.memory_bytes} for "
+                "aligners are pinned.",
             )
         if demand.deadline_s is not None and self._clock() >= demand.deadline_s:
-            return AlignerUnavailable(
-                f"{', '.join(map(str, sorted(demand.keys)))}: not in memory within the time to wait."
-            )
+            text = "not in memory within the time to wait"
+            return Refusal(text, f"{names}: {text}.")
         return None
 
-    def _refuse(self, what: Asking | Moving | Loading, error: RamError) -> list[Action]:
+    def _refuse(self, what: Asking | Moving | Loading, refusal: Refusal) -> list[Action]:
+        error = AlignerUnavailable(refusal.detail)
         match what:
-            case Asking(request_id):
-                return [Refuse(request_id, error)]
+            case Asking(request_id, resolution):
+                return [Refuse(request_id, refusal.for_request(resolution))]
             case Moving(name):
                 return [PromotionFailed(name, error)]
             case Loading(key):
@@ -204,23 +255,27 @@ class Demands:
 
     def _flip(self, name: str, shares: Shares, *, is_step_back: bool) -> Promoted:
         """Let other versions answer new requests, from one moment to the next."""
-        entry = self._catalogue.entry(name)
-        for left in entry.move_to(shares, is_step_back=is_step_back):
-            leave(entry.versions[left])
-        for version in shares:
-            self._keep(VersionKey(name, version))
+        for left in self._catalogue.move(name, shares, is_step_back=is_step_back):
+            self.leave(left)
+        for each in shares:
+            version = self._catalogue.version(VersionKey(name, each))
+            version.last_used_s = self._clock()
+            self._keep(version)
         return Promoted(name, shares)
 
-    def _keep(self, key: VersionKey) -> None:
-        version = self._catalogue.version(key)
+    @staticmethod
+    def _keep(version: Version) -> None:
         version.is_leaving = False
         if version.is_loaded:
             version.state = State.RESIDENT
 
     def _start(self) -> list[Action]:
         """Verify and load what is needed, the oldest demand's first, in as much memory as there is."""
+        missing = {key for demand in self for key in demand.keys if self._catalogue.version(key).is_startable}
+        if not missing:
+            return []
         actions: list[Action] = []
-        room = Room(self._catalogue, self._memory_bytes)
+        room = Room(self._catalogue, self.memory_bytes)
         num_jobs = self.num_jobs
         protected: set[VersionKey] = set()
         for demand in self:
@@ -229,7 +284,7 @@ class Demands:
                 version = self._catalogue.version(key)
                 if num_jobs >= self._max_jobs:
                     return actions
-                if version.is_busy or version.is_loaded:
+                if not version.is_startable:
                     continue
                 if version.is_queued:
                     is_free, victims = room.reserve(version.need_bytes, protected)
@@ -245,10 +300,11 @@ class Demands:
         return actions
 
 
-def leave(version: Version) -> None:
-    """Let a version go as soon as nobody needs it, if it is in memory or about to be, and not pinned."""
-    if not (version.is_pinned or version.is_virtual):
-        version.is_leaving = version.is_loaded or version.is_started
+def failure_of(version: Version) -> Refusal:
+    """Why nobody can have a version that has failed."""
+    return Refusal(
+        "it could not be loaded", f"The aligner `{version.key}` could not be loaded: {version.reason}."
+    )
 
 
 def free(version: Version) -> Free:

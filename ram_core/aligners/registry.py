@@ -9,23 +9,25 @@ earlier one needs; so the oldest demand always gets on. One that fits at once ne
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ram_core.aligners.catalogue import Catalogue, Entry, Shares, normalised
-from ram_core.aligners.demands import Asking, Demand, Demands, Loading, Moving, free, leave
+from ram_core.aligners.demands import Asking, Demand, Demands, Loading, Moving, failure_of, free
 from ram_core.aligners.manifest import OWN_TERMS, Term
 from ram_core.aligners.states import (
     Action,
     AlignerStatus,
+    AskedAligner,
+    Resolution,
     State,
     Version,
     VersionKey,
     VersionStatus,
 )
-from ram_core.errors import AlignerUnavailable, InvalidRequest, QueueFull, UnknownModel
-from ram_core.params import AlignerTerm
+from ram_core.errors import InvalidRequest, QueueFull, UnknownModel
 
 _RETRY_AFTER_S = 1.0
 
@@ -79,7 +81,7 @@ class AlignerRegistry:
     def withdraw(self, name: str, version: str) -> list[Action]:
         """Its files are gone: it is forgotten, but not before it leaves memory by itself."""
         found = self._catalogue.entry(name).known(version)
-        found.is_withdrawn = True
+        self._withdraw(found)
         return self._demands.settle()
 
     def remove(self, name: str) -> list[Action]:
@@ -88,9 +90,9 @@ class AlignerRegistry:
         reason = f"There is no aligner `{name}` any more."
         actions = self._demands.drop_move(name, reason)
         actions += self._demands.refuse_requests(name, UnknownModel(reason))
-        entry.shares, entry.earlier = {}, []
+        self._catalogue.silence(name)
         for version in entry.versions.values():
-            version.is_withdrawn = True
+            self._withdraw(version)
             self._let_go(version)
         return actions + self._demands.settle()
 
@@ -119,6 +121,11 @@ class AlignerRegistry:
         for found in [entry.known(version)] if version else list(entry.versions.values()):
             found.is_pinned = False
         return self._demands.settle()
+
+    def tune(self, name: str, strength: float) -> None:
+        """Give an aligner another strength, for requests to come that say none; raises `UnknownModel`."""
+        for version in self._catalogue.entry(name).versions.values():
+            version.strength = strength
 
     def promote(self, name: str, weights: str | Mapping[str, float]) -> list[Action]:
         """Let a version, or several by weight, answer all new requests, as soon as they are all in memory.
@@ -149,7 +156,7 @@ class AlignerRegistry:
     def acquire(
         self,
         request_id: str,
-        terms: Iterable[AlignerTerm | str],
+        aligners: Iterable[AskedAligner],
         *,
         sticky_key: str,
         max_wait_s: float,
@@ -164,27 +171,30 @@ class AlignerRegistry:
             QueueFull: too many requests wait already.
         """
         assert request_id not in self._demands.leases
-        chosen, resolved = self._catalogue.resolve(terms, sticky_key)
-        keys = frozenset(term.key for term in resolved)
-        if not all(self._catalogue.version(key).is_loaded for key in keys):
-            self._require_hope(keys)
-            num_waiting = sum(isinstance(demand.what, Asking) for demand in self._demands)
-            if num_waiting >= self.limits.max_waiting:
-                raise QueueFull(
-                    f"{num_waiting} requests wait for aligners already.", retry_after_s=_RETRY_AFTER_S
-                )
-        asking = Asking(request_id, chosen, resolved)
-        self._demands.add(Demand(asking, keys, self._clock() + max_wait_s))
+        resolution = self._catalogue.resolve(aligners, sticky_key)
+        keys = frozenset(term.key for term in resolution.terms)
+        if all(self._catalogue.version(key).is_loaded for key in keys):
+            # The common case: nobody else is concerned.
+            return [self._demands.grant(request_id, resolution, keys)]
+        self._require_hope(keys, resolution)
+        num_waiting = self._demands.num_waiting
+        if num_waiting >= self.limits.max_waiting:
+            raise QueueFull(
+                f"{num_waiting} requests wait for aligners already.", retry_after_s=_RETRY_AFTER_S
+            )
+        self._demands.add(Demand(Asking(request_id, resolution), keys, self._clock() + max_wait_s))
         return self._demands.settle()
 
     def release(self, request_id: str) -> list[Action]:
         """A request has ended, or does not want to wait any longer."""
-        self._demands.drop_request(request_id)
+        is_news = self._demands.drop_request(request_id)
         for key in self._demands.leases.pop(request_id, ()):
             version = self._catalogue.version(key)
             version.num_references -= 1
             version.last_used_s = self._clock()
-        return self._demands.settle()
+            # Only then anybody else is concerned.
+            is_news |= not version.num_references and (version.is_leaving or len(self._demands) > 0)
+        return self._demands.settle() if is_news else []
 
     def tick(self) -> list[Action]:
         """Time has passed: refuse whoever waited too long."""
@@ -201,6 +211,7 @@ class AlignerRegistry:
         version = self._catalogue.version(key)
         assert version.state is State.VERIFYING
         version.state, version.progress, version.need_bytes = State.LOADING, 0.0, need_bytes
+        self._catalogue.restless.add(key)
         if need_bytes > self.limits.memory_bytes:
             reason = f"it needs {need_bytes} bytes, and all aligners together have {self.limits.memory_bytes}"
             version.fail(reason, self._clock())
@@ -237,22 +248,81 @@ class AlignerRegistry:
         return self._demands.settle()
 
     def lost(self) -> list[Action]:
-        """The executor's memory is gone, its jobs with it: load again what was there, the last used first.
+        """The executor's memory is gone, its loads with it; verifications go on.
 
-        Running requests have ended. Outcomes of jobs from before must not be told any more.
+        Running requests have ended, waiting ones go on waiting. What was there is wanted again, the last used
+        first. Until `began`, nothing is loaded or verified, and outcomes of loads must not be told any more.
         """
+        self._demands.is_open = False
         self._demands.leases.clear()
         versions = [version for version in self._catalogue if not version.is_virtual]
         for version in sorted(versions, key=lambda each: -each.last_used_s):
             was_there = (version.is_loaded and not version.is_leaving) or version.is_pinned
-            if version.state is not State.FAILED:
-                version.rest()
             version.num_references = 0
+            if version.is_started:
+                version.is_started, version.held_bytes, version.is_leaving = False, 0, False
+                self._catalogue.restless.add(version.key)
+            elif version.is_loaded or version.is_freeing:
+                version.rest()
             if was_there and not version.is_withdrawn:
                 self._want(version)
         return self._demands.settle()
 
+    def began(
+        self,
+        memory_bytes: int,
+        there: Mapping[VersionKey, int],
+        failed: Mapping[VersionKey, str],
+        device: str,
+    ) -> list[Action]:
+        """There is an executor, or again one, with so much memory for aligners, and some in it already.
+
+        `there` says how many bytes they take, all known; those that nobody wants are freed. `failed` has
+        those that it should have begun with, and could not.
+        """
+        self.limits = dataclasses.replace(self.limits, memory_bytes=memory_bytes)
+        self._demands.memory_bytes = memory_bytes
+        self._demands.is_open = True
+        wanted = {key for demand in self._demands for key in demand.keys}
+        for key, num_bytes in there.items():
+            version = self._catalogue.version(key)
+            version.rest()
+            version.state, version.was_resident, version.progress = State.RESIDENT, True, 1.0
+            version.held_bytes = version.need_bytes = num_bytes
+            version.device, version.last_used_s = device, self._clock()
+            if key not in wanted:
+                self._demands.leave(version)
+        for key, reason in failed.items():
+            found = self._catalogue.find(key)
+            if found is not None and found.is_startable:
+                found.fail(reason, self._clock())
+        return self._demands.settle()
+
+    def knows(self, key: VersionKey) -> bool:
+        """Whether there is such a version, be it only that it has not left memory yet."""
+        return self._catalogue.find(key) is not None
+
+    def is_loaded(self, key: VersionKey) -> bool:
+        """Whether a version is known, and a request can begin on it now."""
+        version = self._catalogue.find(key)
+        return version is not None and version.is_loaded
+
+    def can_adopt(self, key: VersionKey) -> bool:
+        """Whether an executor may begin with this version: it is known, and not just being verified."""
+        version = self._catalogue.find(key)
+        return version is not None and version.is_startable and not version.is_virtual
+
     # What can be seen.
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The aligners that answer requests, as they were made known; the same object until they change."""
+        return self._catalogue.names
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return self._demands.num_waiting
 
     @property
     def held_bytes(self) -> int:
@@ -270,6 +340,11 @@ class AlignerRegistry:
         entries = self._catalogue.entries
         wanted = {key for demand in self._demands for key in demand.keys}
         return tuple(self._status_of(entries[name], wanted) for name in sorted(entries))
+
+    def status_of(self, name: str) -> AlignerStatus:
+        """One of them; raises `UnknownModel`."""
+        entry = self._catalogue.entry(name)
+        return self._status_of(entry, {key for demand in self._demands for key in demand.keys})
 
     def _status_of(self, entry: Entry, wanted: Collection[VersionKey]) -> AlignerStatus:
         moving = self._demands.move_of(entry.name)
@@ -320,7 +395,11 @@ class AlignerRegistry:
     def _let_go(self, version: Version) -> None:
         version.is_pinned = False
         self._demands.drop_load(version.key)
-        leave(version)
+        self._demands.leave(version)
+
+    def _withdraw(self, version: Version) -> None:
+        version.is_withdrawn = True
+        self._catalogue.restless.add(version.key)
 
     def _move(self, entry: Entry, shares: Shares, *, is_step_back: bool) -> list[Action]:
         versions = [entry.known(version) for version in shares]
@@ -332,11 +411,11 @@ class AlignerRegistry:
         self._demands.add(Demand(Moving(entry.name, shares, is_step_back), keys))
         return actions + self._demands.settle()
 
-    def _require_hope(self, keys: Iterable[VersionKey]) -> None:
+    def _require_hope(self, keys: Iterable[VersionKey], resolution: Resolution) -> None:
         """Refuse a request for what has just failed; later it may get another chance."""
         for key in keys:
             version = self._catalogue.version(key)
             if version.state is State.FAILED:
                 if self._clock() - version.failed_at_s < self.limits.retry_failed_s:
-                    raise AlignerUnavailable(f"The aligner `{key}` could not be loaded: {version.reason}.")
+                    raise failure_of(version).for_request(resolution)
                 version.rest()

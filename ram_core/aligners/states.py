@@ -88,6 +88,11 @@ class Version:
         """Whether it is verified, and waits for its turn or for memory."""
         return self.state is State.LOADING and not self.is_started
 
+    @property
+    def is_startable(self) -> bool:
+        """Whether it can be verified or loaded now: it is neither in memory nor being worked on."""
+        return not (self.is_busy or self.is_loaded)
+
     def rest(self) -> None:
         """Be nowhere: not in memory, and nothing under way."""
         self.state = State.EVICTED if self.was_resident else State.ABSENT
@@ -101,6 +106,15 @@ class Version:
 
 
 @dataclass(frozen=True, slots=True)
+class AskedAligner:
+    """An aligner as a request names it. Without a strength it has its version's; `scale` multiplies it."""
+
+    name: str
+    strength: float | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ResolvedTerm:
     """One factor of a request's importance weight: a model of a version, and its exponent.
 
@@ -110,6 +124,19 @@ class ResolvedTerm:
     key: VersionKey
     part: str
     strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a request's aligners come to.
+
+    `chosen` has the version of each aligner that it named, `strengths` how strongly each pulls, and `terms`
+    the models and exponents: one for each model.
+    """
+
+    chosen: tuple[VersionKey, ...]
+    strengths: tuple[float, ...]
+    terms: tuple[ResolvedTerm, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,14 +165,10 @@ class Free:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """A request may begin; it keeps its versions until released.
-
-    `chosen` has the version of each aligner that it named, `terms` what they come to.
-    """
+    """A request may begin; it keeps its versions until released."""
 
     request_id: str
-    chosen: tuple[VersionKey, ...]
-    terms: tuple[ResolvedTerm, ...]
+    resolution: Resolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +214,12 @@ class VersionStatus:
     last_used_s: float
     is_pinned: bool
     is_preset: bool
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is not in memory, and nothing is under way to bring it there."""
+        is_out = self.state in (State.ABSENT, State.EVICTED, State.FAILED)
+        return is_out and not self.waits_for
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ram_core.aligners.manifest import Term
-from ram_core.aligners.states import Action, Free, Grant, Promoted, Refuse, State, VersionKey
+from ram_core.aligners.states import Action, AskedAligner, Free, Grant, Promoted, Refuse, State, VersionKey
 from ram_core.errors import AlignerUnavailable, InvalidRequest, QueueFull, UnknownModel
-from ram_core.params import AlignerTerm
 from tests.unit.test_aligner_registry import BUDGET, Executor
 
 MOMENT_S = 0.001
@@ -53,7 +52,7 @@ class Life(RuleBasedStateMachine):
     def note(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Grant):
-                keys = frozenset(term.key for term in action.terms)
+                keys = frozenset(term.key for term in action.resolution.terms)
                 self.running[action.request_id] = keys
                 assert all(self.executor.held[key] and key not in self.executor.jobs for key in keys)
             if isinstance(action, Grant | Refuse):
@@ -101,7 +100,7 @@ class Life(RuleBasedStateMachine):
         self.num_requests += 1
         self.waiting[request_id] = self.executor.now_s + wait_s
         try:
-            terms = [AlignerTerm(name, 1.5) for name in names]
+            terms = [AskedAligner(name, 1.5) for name in names]
             self.do(self.registry.acquire(request_id, terms, sticky_key=key, max_wait_s=wait_s))
         except (QueueFull, AlignerUnavailable):
             del self.waiting[request_id]
@@ -187,15 +186,35 @@ class Life(RuleBasedStateMachine):
         elif what == "add":
             self.do(registry.add(*version, "/again"))
         elif what == "lose":
-            self.executor.jobs.clear()
-            self.executor.held.clear()
-            self.running.clear()
-            self.do(registry.lost())
+            self.lose(is_kept=version.version == "1")
         elif name != NAMES[0]:
             self.withdrawn.add(name)
             self.by_hand(
                 name, lambda: registry.remove(name) if what == "remove" else registry.withdraw(*version)
             )
+
+    def lose(self, *, is_kept: bool) -> None:
+        """The engine dies; the next one begins with nothing, or with what had been there."""
+        jobs, held = self.executor.jobs, self.executor.held
+        there = {key: held[key] for key in sorted(held) if is_kept and jobs.get(key) != "load"}
+        self.executor.jobs = {key: kind for key, kind in jobs.items() if kind == "verify"}
+        held.clear()
+        self.running.clear()
+        self.do(self.registry.lost())
+        assert not any(kind == "load" for kind in self.executor.jobs.values())
+        there = {key: size for key, size in there.items() if self.registry.can_adopt(key)}
+        held.update(there)
+        self.do(self.registry.began(BUDGET, there, {}, "cpu"))
+
+    @invariant()
+    def nobody_who_is_to_go_is_overlooked(self) -> None:
+        catalogue = self.registry._catalogue
+        going = {
+            version.key
+            for version in catalogue
+            if version.is_leaving or version.is_queued or version.is_withdrawn
+        }
+        assert going <= catalogue.restless
 
     def by_hand(self, name: str, ask: Callable[[], list[Action]]) -> None:
         """What an operator does; what has been withdrawn may be unknown."""
