@@ -13,6 +13,7 @@ import codecs
 import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -262,21 +263,31 @@ class _StopMatcher:
 
     def __init__(self, stop: str) -> None:
         self._stop = stop
-        # _fallback[n]: the longest proper beginning of the stop string that its first n characters end with.
-        self._fallback = [0, 0]
+        self._fallback = _fallback_of(stop)
         self.num_matched = 0
-        for char in stop[1:]:
-            self._fallback.append(self._extend(self._fallback[-1], char))
 
     def advance(self, char: str) -> int:
         """Take a character; return the stop string's length if it is complete, else 0."""
-        self.num_matched = self._extend(self.num_matched, char)
+        self.num_matched = _extend(self._stop, self._fallback, self.num_matched, char)
         return len(self._stop) if self.num_matched == len(self._stop) else 0
 
-    def _extend(self, num_matched: int, char: str) -> int:
-        while num_matched and self._stop[num_matched] != char:
-            num_matched = self._fallback[num_matched]
-        return num_matched + 1 if self._stop[num_matched] == char else 0
+
+@lru_cache(maxsize=64)
+def _fallback_of(stop: str) -> Sequence[int]:
+    """Of each n the longest proper beginning of the stop string that its first n characters end with.
+
+    Kept, so that the many choices of a request with a long stop string do not each work it out.
+    """
+    fallback = [0, 0]
+    for char in stop[1:]:
+        fallback.append(_extend(stop, fallback, fallback[-1], char))
+    return fallback
+
+
+def _extend(stop: str, fallback: Sequence[int], num_matched: int, char: str) -> int:
+    while num_matched and stop[num_matched] != char:
+        num_matched = fallback[num_matched]
+    return num_matched + 1 if stop[num_matched] == char else 0
 
 
 def _byte_of_char() -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import os
 import signal
 import socket
@@ -173,6 +174,9 @@ async def _serve(settings: Settings, config: EngineConfig, listeners: list[socke
         return False
     try:
         serving.open(loading.result())
+        # What is there now stays: looking through it again and again would stop everything for half a second.
+        gc.collect()
+        gc.freeze()
         _print_banner(settings, serving, listeners)
     except BaseException:
         server.should_exit = True

@@ -11,7 +11,6 @@ from ram_core.errors import InvalidRequest
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
 from server.openai.errors import UnknownName, UnsupportedParameter
 from server.openai.schema import (
-    MAX_CHOICES,
     Alignment,
     ChatRequest,
     CompletionRequest,
@@ -287,9 +286,6 @@ def to_prompts(request: CompletionRequest) -> Prompts:
             ids.append(tuple(item))
     if not texts and not ids:
         ids.append(tuple(item for item in prompt if isinstance(item, int)))
-    num_prompts = len(texts) + len(ids)
-    if num_prompts > MAX_CHOICES:
-        raise InvalidRequest(f"`prompt` may hold {MAX_CHOICES} prompts, got {num_prompts}.", param="prompt")
     return Prompts(tuple(texts), tuple(ids))
 
 

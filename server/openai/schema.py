@@ -15,11 +15,19 @@ from openai.types.chat.chat_completion import ChoiceLogprobs
 from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
 from openai.types.chat.chat_completion_chunk import ChoiceLogprobs as ChunkLogprobs
 from openai.types.completion_choice import Logprobs
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 MAX_CHOICES = 128
 MAX_STOPS = 4
+MAX_STOP_CHARS = 4096
+MAX_STOP_TOKENS = 4096
+MAX_ALIGNERS = 64
 MAX_CACHE_SALT = 256
+
+
+_Stop = Annotated[str, Field(max_length=MAX_STOP_CHARS)]
+# A union tries all of its lists: one that does not fit must not tell of each of its items.
+_TokenIds = Annotated[list[int], Field(fail_fast=True)]
 
 
 class _Wire(BaseModel):
@@ -41,7 +49,7 @@ class Alignment(_Wire):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     aligner: str | None = None
-    aligners: list[AlignerChoice] | None = None
+    aligners: Annotated[list[AlignerChoice], Field(max_length=MAX_ALIGNERS)] | None = None
     strength: float | None = None
     resampling: str | None = None
     candidates: int | None = None
@@ -70,8 +78,8 @@ class GenerationRequest(_Wire):
     top_k: int | None = None
     min_p: float | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=MAX_STOP_TOKENS)] | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream: bool | None = None
@@ -98,8 +106,21 @@ class ChatRequest(GenerationRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: (
+        str
+        | Annotated[list[str], Field(fail_fast=True)]
+        | _TokenIds
+        | Annotated[list[_TokenIds], Field(fail_fast=True)]
+    )
     logprobs: int | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _check_num_prompts(cls, prompt: object) -> object:
+        """Before each of them is looked at."""
+        if isinstance(prompt, list) and len(prompt) > MAX_CHOICES and not isinstance(prompt[0], int):
+            raise ValueError(f"there may be {MAX_CHOICES} prompts")
+        return prompt
 
 
 class TokenAlignment(BaseModel):

@@ -25,6 +25,7 @@ async def create_chat_completion(request: Request) -> Response:
 
 
 async def _answer(request: Request, ask: Ask, turns: list[Turn]) -> Response:
-    tokenizer = serving_of(request).loaded.tokenizer
-    prompt_ids = await encode_chat(tokenizer, turns)
-    return await answer(request, ask, [prompt_ids], ChatRenderer(ask, tokenizer), prompt_field="messages")
+    loaded = serving_of(request).loaded
+    prompt_ids = await encode_chat(loaded.tokenizer, turns, loaded.engine.max_model_len)
+    renderer = ChatRenderer(ask, loaded.tokenizer)
+    return await answer(request, ask, [prompt_ids], renderer, prompt_field="messages")

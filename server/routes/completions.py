@@ -25,6 +25,8 @@ async def create_completion(request: Request) -> Response:
 
 
 async def _answer(request: Request, ask: Ask, prompts: Prompts) -> Response:
-    tokenizer = serving_of(request).loaded.tokenizer
-    all_ids = [*prompts.ids, *await encode_prompts(tokenizer, prompts.texts)]
-    return await answer(request, ask, all_ids, CompletionRenderer(ask, tokenizer), prompt_field="prompt")
+    loaded = serving_of(request).loaded
+    texts = await encode_prompts(loaded.tokenizer, prompts.texts, loaded.engine.max_model_len)
+    all_ids = [*prompts.ids, *texts]
+    renderer = CompletionRenderer(ask, loaded.tokenizer)
+    return await answer(request, ask, all_ids, renderer, prompt_field="prompt")

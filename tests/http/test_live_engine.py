@@ -243,7 +243,7 @@ EXTREMES = [
     {"seed": 2**63 - 1},
     {"stop_token_ids": [10**30, -5]},
     {"stop_token_ids": list(range(300))},
-    {"stop": ["x" * 100_000]},
+    {"stop": ["x" * 4096]},
     {"model": "polite", "alignment": {"strength": 100}},
     {"model": "polite", "alignment": {"strength": -100, "resampling": "nucleus"}},
     {"model": "polite", "alignment": {"candidates": 256, "resampling": "candidates"}},
