@@ -73,6 +73,9 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16, …")] = None,
     quantization: Annotated[str | None, typer.Option(help="Weights as none, int8, int4, fp8.")] = None,
     attention: Annotated[str | None, typer.Option(help="auto, triton, torch or an extra's name.")] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Compile layers at start.")
+    ] = None,
     tensor_parallel: Annotated[int | None, typer.Option(help="GPUs that share the proposal.")] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     kv_memory: Annotated[str | None, typer.Option(help="Room for keys and values, such as 2GiB.")] = None,
@@ -130,6 +133,7 @@ def serve(
             dtype=dtype,
             quantization=quantization,
             attention=attention,
+            compile=compile_,
             tensor_parallel=tensor_parallel,
             max_model_len=max_model_len,
             kv_memory=kv_memory,

@@ -119,6 +119,7 @@ class Settings(BaseSettings):
     has_static_shapes: bool | None = None
     cuda_graphs: bool | None = None
     attention: str | None = None
+    compile: bool | None = None
     aligner_bank: bool | None = None
     aligner_slots: int | None = Field(default=None, ge=0)
     quantization: str | None = None
@@ -191,6 +192,7 @@ class Settings(BaseSettings):
             "has_static_shapes": self.has_static_shapes,
             "cuda_graphs": self.cuda_graphs,
             "attention": self.attention,
+            "compile": self.compile,
             "aligner_bank": self.aligner_bank,
             "aligner_slots": self.aligner_slots,
             "quantization": self.quantization,

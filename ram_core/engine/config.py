@@ -40,6 +40,9 @@ class EngineConfig:
     `attention` is computed by "triton", "torch", "flash_attn" or "flashinfer"; "auto" takes Triton's kernels
     on CUDA and PyTorch elsewhere.
 
+    `compile` turns layers into compiled code at load, in models that have a forward of their own. It takes up
+    to some minutes, once, and on CPU a C++ compiler.
+
     `quantization` stores the proposal's weights as int8, int4 or fp8 while it loads them (none: as they are).
     `tensor_parallel` processes, begun by torchrun, share the proposal's layers, a device each.
 
@@ -75,6 +78,7 @@ class EngineConfig:
     has_static_shapes: bool = False
     cuda_graphs: bool | None = None
     attention: str = "auto"
+    compile: bool = False
     trust_remote_code: bool = False
     quantization: str = "none"
     tensor_parallel: int = 1

@@ -40,6 +40,7 @@ from ram_core.engine.sequence import Lane, Sequence
 from ram_core.engine.turnover import Turnover
 from ram_core.errors import AlignerUnavailable, EngineOutOfMemory, NonFiniteLogits
 from ram_core.models.backends import can_be_recorded
+from ram_core.models.compilation import compile_layers
 from ram_core.params import AlignerTerm
 from ram_core.resampling import warm_up
 
@@ -100,6 +101,8 @@ class Engine:
         warm_up(bank.proposal.device)
         engine = cls(config, bank)
         plan = bank.plan
+        if config.compile:
+            plan = plan.with_row("compiled layers", *engine.compile(progress))
         if engine._has_graphs:
             plan = plan.with_row("captured steps", *engine.capture(progress))
         tell_plan(plan.with_row("left free", free_text(bank.proposal.device)), progress)
@@ -111,6 +114,23 @@ class Engine:
         if self._has_graphs:
             return graph_shapes(max_batch, max_pages, num_kinds=len(step_kinds(self.bank)))
         return Shapes(buckets(max_batch), buckets(max_pages)) if self.config.has_static_shapes else None
+
+    def compile(self, progress: Progress = lambda _: None) -> tuple[str, str]:
+        """Compile layers, before any request is served; returns how many models', and why not others'."""
+        models = [self.bank.proposal]
+        models += [group.model for group in self.bank.groups if not group.is_stacked]
+        reasons = []
+        for model in models:
+            progress(f"compiling the layers of {model.name}")
+            if self.bank.ranks.size > 1 and model is self.bank.proposal:
+                reason: str | None = "several processes share it"
+            else:
+                reason = compile_layers(model, self.bank.vocab_size)
+            if reason:
+                reasons.append(f"`{model.name}` runs as it is: {reason}")
+                logger.warning("%s", reasons[-1])
+        count = f"{len(models) - len(reasons)} of {len(models)} models"
+        return count, "; ".join(reasons) or "those in a shared module run as they are"
 
     def capture(
         self, progress: Progress = lambda _: None, recorder: Recorder | None = None

@@ -88,9 +88,31 @@ def _attention(
 ) -> tuple[Float[Tensor, "1 token head dim"], None]:
     """The function that transformers calls; returns the output and no weights."""
     layer: int = module.layer_idx  # type: ignore[assignment]  # every attention module has it
-    options = AttentionOptions(scaling, sliding_window, softcap, s_aux)
-    out = _backend.get().attend(layer, query[0], key[0], value[0], options)
-    return out[None], None
+    attend = _attend_opaque if torch.compiler.is_compiling() else _attend
+    return attend(query[0], key[0], value[0], layer, scaling, sliding_window, softcap, s_aux)[None], None
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layer: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    options = AttentionOptions(scaling, window, softcap, sinks)
+    return _backend.get().attend(layer, query, key, value, options)
+
+
+# A compiled graph calls it as it is: it knows the batch and its pages only when it runs.
+_attend_opaque = torch.library.custom_op("ram::attend", _attend, mutates_args=())
+
+
+@_attend_opaque.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[1], query.shape[0], value.shape[-1])
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

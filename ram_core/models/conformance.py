@@ -7,7 +7,9 @@ their own masks carry). So a packed, chunked run over pages is compared with the
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
@@ -29,28 +31,36 @@ def check_conformance(paged: PagedModel, vocab_size: int) -> None:
     Raises:
         CheckpointError: the logits differ by more than rounding explains.
     """
-    ids = torch.arange(2 * _LENGTH).mul(7919).remainder(vocab_size).view(2, _LENGTH)
-    ours = _chunked_logits(paged, ids)
-    plain = _plain_logits(paged, ids)
+    difference = far_off(chunked_logits(paged, vocab_size), _plain_logits(paged, vocab_size), paged.model)
+    if difference is not None:
+        kind = paged.model.config.model_type
+        raise CheckpointError(
+            f"`{paged.name}`: a `{kind}` model gives other logits over paged KV memory than by itself "
+            f"({difference})"
+        )
+
+
+def far_off(
+    ours: Float[Tensor, "place row vocab"], plain: Float[Tensor, "place row vocab"], model: PreTrainedModel
+) -> str | None:
+    """How far logits are from what they should be, in words; None if rounding explains it."""
     scale = plain.std().clamp(min=1e-6)
     of_places = ((ours - plain).square().mean(-1).sqrt() / scale).flatten()
-    if paged.model.dtype == torch.float32:
+    if model.dtype == torch.float32:
         difference = of_places.max().item()
-        limit = 0.03 if may_round_activations(paged.model) else 3e-4
+        limit = 0.03 if may_round_activations(model) else 3e-4
     else:
         # Rounding to 16 bits sends a token to other experts now and then, and is far off there: a quarter of
         # the places is left out. What reads pages wrongly is wrong at most of them.
         difference, limit = of_places.quantile(0.75).item(), 0.1
-    if not difference <= limit:
-        kind = paged.model.config.model_type
-        raise CheckpointError(
-            f"`{paged.name}`: a `{kind}` model gives other logits over paged KV memory than by itself "
-            f"(difference {difference:.2g} standard deviations, limit {limit:g})"
-        )
+    if difference <= limit:
+        return None
+    return f"difference {difference:.2g} standard deviations, limit {limit:g}"
 
 
-def _plain_logits(paged: PagedModel, ids: Tensor) -> Tensor:
+def _plain_logits(paged: PagedModel, vocab_size: int) -> Float[Tensor, "place row vocab"]:
     """The model's own forward over each whole sequence, without a cache."""
+    ids = _probe_ids(vocab_size)
     paged.model.set_attn_implementation("eager")
     try:
         logits = paged.model(input_ids=ids.to(paged.device), use_cache=False).logits
@@ -59,8 +69,9 @@ def _plain_logits(paged: PagedModel, ids: Tensor) -> Tensor:
     return torch.as_tensor(logits[:, [end - 1 for _, end in _CHUNKS]]).float().transpose(0, 1)
 
 
-def _chunked_logits(paged: PagedModel, ids: Tensor) -> Tensor:
-    """The same positions, both sequences packed into one batch, chunk by chunk over scattered pages."""
+def chunked_logits(paged: PagedModel, vocab_size: int) -> Float[Tensor, "place row vocab"]:
+    """What a model says of two sequences, packed into one batch, chunk by chunk over scattered pages."""
+    ids = _probe_ids(vocab_size)
     page_size = max(_PAGE_SIZE, least_page_size(paged.attention))
     pages_each = -(-_LENGTH // page_size)
     pool = KvPool(paged.geometry, 2 * pages_each + 1, page_size, paged.device)
@@ -70,3 +81,7 @@ def _chunked_logits(paged: PagedModel, ids: Tensor) -> Tensor:
         rows = [Row(ids[row, start:end].tolist(), start, pages[row]) for row in range(2)]
         logits.append(paged.forward(pack(rows, page_size=page_size, device=paged.device), pool).float())
     return torch.stack(logits)
+
+
+def _probe_ids(vocab_size: int) -> Int64[Tensor, "row token"]:
+    return torch.arange(2 * _LENGTH).mul(7919).remainder(vocab_size).view(2, _LENGTH)

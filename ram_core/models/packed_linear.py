@@ -11,7 +11,9 @@ the other. The plain product is MKL's, made for these CPUs: on AMD's it takes th
 from __future__ import annotations
 
 from functools import cache
+from itertools import count
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,8 @@ class PackedLinear(nn.Module):
         weight = layer.weight.detach()
         self._plain = weight if keeps_plain else None
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_ROWS)
+        self._number = next(_numbers)
+        _layers[self._number] = self
 
     @property
     def keeps_plain(self) -> bool:
@@ -53,6 +57,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, for `x` of shape [..., in_features]."""
+        if torch.compiler.is_compiling():
+            opaque: Tensor = _product_opaque(x, self._number, self.out_features)
+            return opaque
+        return self._product(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         num_rows = x.numel() // self.in_features
         if num_rows <= _MAX_PLAIN_ROWS and self._plain is not None:
             return linear(x, self._plain, self.bias)
@@ -61,6 +71,21 @@ class PackedLinear(nn.Module):
             rows = pad(rows, (0, 0, 0, -num_rows % 8))
         out: Tensor = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self.bias, "none", [], "")
         return out[:num_rows].view(*x.shape[:-1], self.out_features)
+
+
+_numbers = count()
+# A compiled graph takes numbers and plain tensors, neither modules nor weights in a layout of oneDNN's.
+_layers: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+
+
+@torch.library.custom_op("ram::packed_linear", mutates_args=())
+def _product_opaque(x: Tensor, layer: int, out_features: int) -> Tensor:
+    return _layers[layer]._product(x)
+
+
+@_product_opaque.register_fake
+def _(x: Tensor, layer: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def pack_linears(model: nn.Module) -> None:

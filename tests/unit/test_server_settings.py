@@ -118,6 +118,7 @@ def test_every_engine_knob_can_be_set(tmp_path):
         "has_static_shapes": True,
         "cuda_graphs": False,
         "attention": "torch",
+        "compile": True,
         "aligner_bank": False,
         "aligner_slots": 9,
         "quantization": "int8",
