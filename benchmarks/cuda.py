@@ -1,8 +1,8 @@
 """Everything that one card has to show, in one call of at most ten minutes.
 
 The card's own speed comes first, then decoding against what reading both models takes, against the proposal
-alone and against the authors' way, the first token, many aligners at once, aligners that are swapped, and how
-long the device waits for the host. What the time does not allow for is left out, and said to be.
+alone and against the authors' way, the first token, many aligners at once, aligners that are swapped, how
+long the device waits for the host, and whether compiled layers pay. What the time does not allow for is left out, and said to be.
 
     python -m benchmarks.cuda                # 8B + 1B shapes, bfloat16; writes results/bars-cuda.json
     python -m benchmarks.cuda --quick        # tiny shapes on this CPU: does it run at all?
@@ -60,6 +60,8 @@ def claims(options: argparse.Namespace) -> list[Claim]:
         Claim(_several(many, options.lora, "LoRA"), 1.12, at_most=1.3),
         Claim(SWAPPED, 1.3, at_most=2.0),
         Claim(GAP, 0.02, at_most=0.05),
+        Claim(_compiled(one), 0.97),
+        Claim(_compiled(many), 0.97),
     ]
 
 
@@ -77,6 +79,10 @@ def _authors(batch: int) -> str:
 
 def _several(batch: int, count: int, kind: str) -> str:
     return f"batch {batch}: step, {count} {kind} aligners ÷ 1"
+
+
+def _compiled(batch: int) -> str:
+    return f"batch {batch}: step, layers compiled ÷ as they are"
 
 
 def add_options(options: Options) -> None:
@@ -134,14 +140,14 @@ class Run:
     scratch: Path
     found: Found
 
-    def job(self, aligners: tuple[str, ...], *, aligner_slots: int = 0) -> Job:
+    def job(self, aligners: tuple[str, ...], *, aligner_slots: int = 0, is_compiled: bool = False) -> Job:
         """Room for the larger batch through all that is asked of it."""
         options, batch = self.options, max(self.options.batches)
         num_turns = 3 * options.rounds + 4
         num_tokens = options.prompt + num_turns * (options.steps + 2) + 40 * options.swaps
         room = self.pair.kv_bytes(batch + 1, num_tokens, options.dtype)
         models = (self.pair.proposal, aligners, options.device, options.dtype)
-        return Job(*models, batch + 1, room, aligner_slots=aligner_slots)
+        return Job(*models, batch + 1, room, aligner_slots=aligner_slots, compile=is_compiled)
 
     def step_ms(self, way: Worker, batch: int, aligners: list[int]) -> float:
         """Milliseconds a step of so many streams, each with its aligner; the best turn of all."""
@@ -268,7 +274,18 @@ def _measure_swaps(run: Run, way: Worker) -> None:
     run.found.others.append(["median step at rest", median_s * 1e3])
 
 
-PARTS: tuple[Callable[[Run], None], ...] = (measure_machine, measure_pair, measure_many)
+def measure_compiled(run: Run) -> None:
+    """The same steps with compiled layers: whether that pays beside captured steps."""
+    plain_ms = {row[0]: float(str(row[2])) for row in run.found.steps if row[1] == ONE}
+    say("cuda: compiling layers")
+    with worker(DeviceWay, run.job(run.pair.aligners, is_compiled=True)) as way:
+        for batch in run.options.batches:
+            ms = run.step_ms(way, batch, [0] * batch)
+            run.note_step(way, batch, f"{ONE}, compiled", 1, ms)
+            run.found.figures[_compiled(batch)] = ms / plain_ms[batch]
+
+
+PARTS: tuple[Callable[[Run], None], ...] = (measure_machine, measure_pair, measure_many, measure_compiled)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ class Job:
     aligner_bank: bool = True
     aligner_slots: int = 0
     cuda_graphs: bool | None = None
+    compile: bool = False
 
     def config(self) -> EngineConfig:
         """What users get by default, but for the room."""
@@ -43,6 +44,7 @@ class Job:
             aligner_bank=self.aligner_bank,
             aligner_slots=self.aligner_slots,
             cuda_graphs=self.cuda_graphs,
+            compile=self.compile,
         )
 
 
