@@ -16,7 +16,10 @@ from server.tenants.usage import UsageLog, UsageRecord, timestamp
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """Where one request's cost goes. `aligner` is a bounded label; `arrived_s` is `time.perf_counter`'s."""
+    """Where one request's cost goes.
+
+    `aligner` is a bounded label, `versions` are those that answer; `arrived_s` is `time.perf_counter`'s.
+    """
 
     caller: Caller
     reservation: Reservation
@@ -25,6 +28,7 @@ class Account:
     request_id: str
     model: str
     aligner: str
+    versions: tuple[str, ...]
     arrived_s: float
     prompt_texts: Callable[[], tuple[str, ...]] = field(repr=False)
 
@@ -62,6 +66,7 @@ class Account:
             finish_reason=generation.outcome,
             status=_status(generation),
             seconds=round(time.perf_counter() - self.arrived_s, 4),
+            versions=self.versions,
             prompts=self.prompt_texts() if self.keeps_text else (),
             answers=generation.texts,
         )

@@ -28,6 +28,8 @@ def create_app(settings: Settings, loaded: Loaded | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        if loaded is not None:
+            serving.open(loaded)
         watching = asyncio.create_task(serving.tenants.watch())
         yield
         watching.cancel()
@@ -35,8 +37,6 @@ def create_app(settings: Settings, loaded: Loaded | None = None) -> FastAPI:
 
     app = FastAPI(title="RAM", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.serving = serving
-    if loaded is not None:
-        serving.open(loaded)
     for module in (chat, completions, models, health, metrics, version):
         app.include_router(module.router)
     app.add_middleware(

@@ -62,7 +62,16 @@ def version() -> None:
 def serve(
     proposal: Annotated[str | None, typer.Argument(help="Directory or hub id of the frozen model.")] = None,
     aligner: AlignerFlags = None,
-    aligners_dir: Annotated[Path | None, typer.Option(help="Each directory inside is an aligner.")] = None,
+    aligners_dir: Annotated[Path | None, typer.Option(help="Watched; NAME/ or NAME/VERSION/ inside.")] = None,
+    preload: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Of these, load at once; or all. May be repeated."),
+    ] = None,
+    aligner_memory: Annotated[str | None, typer.Option(help="Room for all aligners, such as 8GiB.")] = None,
+    aligner_wait_s: Annotated[
+        float | None, typer.Option(help="How long requests wait for an aligner that is being loaded.")
+    ] = None,
+    max_aligner_loads: Annotated[int | None, typer.Option(help="Verified or loaded at once.")] = None,
     demo: Annotated[bool, typer.Option("--demo", help="Serve the embedded demo.")] = False,
     config: Annotated[Path | None, typer.Option(help="Settings file; otherwise ./ram.toml.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="The proposal's name in the API.")] = None,
@@ -118,6 +127,10 @@ def serve(
             proposal=proposal,
             aligners=aligner,
             aligners_dir=aligners_dir,
+            preload=preload,
+            aligner_memory=aligner_memory,
+            aligner_wait_s=aligner_wait_s,
+            max_aligner_loads=max_aligner_loads,
             demo=demo or None,
             served_model_name=served_model_name,
             default_aligner=default_aligner,

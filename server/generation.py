@@ -111,7 +111,7 @@ class Generation:
 
     Prompts have `num_choices` choices each, numbered through. Leaving the block stops whatever still runs.
     `on_end` is called once, as soon as the outcome is known, and before anybody hears of it; not if a prompt
-    was not admitted. With `keeps_text`, `texts` are the answers.
+    was not admitted; `on_left` is called when the block is left. With `keeps_text`, `texts` are the answers.
     """
 
     def __init__(
@@ -122,9 +122,11 @@ class Generation:
         meter: Meter,
         on_end: Callable[[Generation], None] | None = None,
         *,
+        on_left: Callable[[], None] = lambda: None,
         keeps_text: bool = False,
     ) -> None:
         self._on_end = on_end
+        self._on_left = on_left
         self._texts = [""] * sum(request.num_choices for request in requests) if keeps_text else []
         self._started: set[int] = set()
         self.failure: RamError | None = None
@@ -187,7 +189,11 @@ class Generation:
     async def __aexit__(self, *exc_info: object) -> None:
         self._tell_end()
         self._meter.ended(self._outcome)
-        await self._exits.aclose()
+        try:
+            await self._exits.aclose()
+        finally:
+            # Only now nothing asks for the aligners any more.
+            self._on_left()
 
     def __aiter__(self) -> Self:
         return self

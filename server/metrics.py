@@ -8,8 +8,9 @@ import re
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import (
@@ -26,6 +27,9 @@ from server.settings import IDENTITY
 
 SEVERAL = "several"
 """The label of requests that combine aligners: combinations are the client's choice, and so unbounded."""
+
+GONE = "(gone)"
+"""The label of versions that are not known any more: over time there may be any number of them."""
 
 Outcome = Literal["stop", "length", "abort", "error"]
 OUTCOMES: tuple[Outcome, ...] = ("stop", "length", "abort", "error")
@@ -46,13 +50,27 @@ _TELL_S = 1.0
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class AlignerFigures:
+    """The aligners at one moment. `resident` answer from memory, `coming` are on their way there."""
+
+    states: Mapping[str, int]
+    resident: tuple[str, ...]
+    coming: tuple[str, ...]
+    held_bytes: int
+    memory_bytes: int
+    num_waiting: int
+    num_loads: int
+    num_failures: int
+
+
 class Metrics:
     """All metrics of one app, in a registry of its own."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
         self._field_names: set[str] = set()
-        label = ("aligner",)
+        label = ("aligner", "version")
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
             return Histogram(f"ram_{name}", text, label, registry=self.registry, buckets=tuple(buckets))
@@ -72,7 +90,7 @@ class Metrics:
         self.queue_s = histogram("request_queue_time_seconds", "Waiting for a place.", _LATENCY_BUCKETS_S)
         self.prompt_tokens = counter("prompt_tokens", "Tokens read.")
         self.generation_tokens = counter("generation_tokens", "Tokens drawn.")
-        self.requests = counter("requests_finished", "Requests by how they ended.", ("aligner", "reason"))
+        self.requests = counter("requests_finished", "Requests by how they ended.", (*label, "reason"))
         self.kl_p_q = histogram("kl_p_q_nats", "KL(p||q) of each aligned token.", _NATS_BUCKETS)
         self.kl_pi_p = histogram("kl_pi_p_nats", "KL(pi||p) of each aligned token.", _NATS_BUCKETS)
         self.ess = histogram(
@@ -93,26 +111,36 @@ class Metrics:
         self.usage_log_errors = counter("usage_log_errors", "Lines that the usage log has lost.", ())
         self._model_name = model_name
         for aligner in (IDENTITY, SEVERAL):
-            self._create_children(aligner)
+            self.add_version(aligner, "")
         self.registry.register(_EcosystemNames(self, model_name))
 
-    def open(self, engine: EngineClient) -> None:
-        """Create the aligners' label children, so that rates start at 0, and follow the engine's figures."""
-        for aligner in engine.aligners:
-            self._create_children(aligner)
+    def open(self, engine: EngineClient, figures: Callable[[], AlignerFigures]) -> None:
+        """Follow the engine's and the aligners' figures."""
         self.registry.register(_EngineFigures(engine, self._model_name))
-        self.registry.register(_ResidentAligners(engine.aligners))
+        self.registry.register(_AlignerFigures(figures))
 
-    def _create_children(self, aligner: str) -> None:
+    def add_version(self, aligner: str, version: str) -> None:
+        """Create the label children of an aligner's version, so that rates start at 0."""
+        for metric, labels in self._children(aligner, version):
+            metric.labels(*labels)
+
+    def drop_version(self, aligner: str, version: str) -> None:
+        """A version is not known any more: what was counted of it joins all others that are gone."""
+        for metric, labels in self._children(aligner, version):
+            if (child := metric._metrics.get(labels)) is not None:
+                _add_up(child, metric.labels(GONE, "", *labels[2:]))
+                metric.remove(*labels)
+
+    def _children(self, aligner: str, version: str) -> list[tuple[Counter | Histogram, tuple[str, ...]]]:
         by_aligner: tuple[Counter | Histogram, ...] = (
             *(self.first_token_s, self.inter_token_s, self.request_s, self.queue_s),
             *(self.prompt_tokens, self.generation_tokens, self.kl_p_q, self.kl_pi_p, self.ess),
             *(self.aligned_tokens, self.fallbacks),
         )
-        for metric in by_aligner:
-            metric.labels(aligner)
-        for outcome in OUTCOMES:
-            self.requests.labels(aligner, outcome)
+        return [
+            *((metric, (aligner, version)) for metric in by_aligner),
+            *((self.requests, (aligner, version, outcome)) for outcome in OUTCOMES),
+        ]
 
     def count_unknown_field(self, name: str) -> None:
         """Count a field by its name, log it the first time; after many names, all new ones share a label."""
@@ -154,25 +182,26 @@ class _Observations:
 class Meter:
     """Measures one request; `arrived_s` is on `time.perf_counter`'s clock.
 
-    What is counted for each token is told every `_TELL_S` seconds, and at the end.
+    `answered` is the aligner and its version, or a word for none or several and nothing. What is counted for
+    each token is told every `_TELL_S` seconds, and at the end.
     """
 
-    def __init__(self, metrics: Metrics, aligner: str, arrived_s: float) -> None:
+    def __init__(self, metrics: Metrics, answered: tuple[str, str], arrived_s: float) -> None:
         self._metrics = metrics
         self._arrived_s = arrived_s
         self._last_token_s: dict[int, float] = {}
-        self._first_token_s = metrics.first_token_s.labels(aligner)
-        self._inter_token_s = _Observations(metrics.inter_token_s.labels(aligner))
-        self._queue_s = metrics.queue_s.labels(aligner)
-        self._request_s = metrics.request_s.labels(aligner)
-        self._prompt_tokens = metrics.prompt_tokens.labels(aligner)
-        self._generation_tokens = metrics.generation_tokens.labels(aligner)
-        self._kl_p_q = _Observations(metrics.kl_p_q.labels(aligner))
-        self._kl_pi_p = _Observations(metrics.kl_pi_p.labels(aligner))
-        self._ess = _Observations(metrics.ess.labels(aligner))
-        self._aligned_tokens = metrics.aligned_tokens.labels(aligner)
-        self._fallbacks = metrics.fallbacks.labels(aligner)
-        self._aligner = aligner
+        self._first_token_s = metrics.first_token_s.labels(*answered)
+        self._inter_token_s = _Observations(metrics.inter_token_s.labels(*answered))
+        self._queue_s = metrics.queue_s.labels(*answered)
+        self._request_s = metrics.request_s.labels(*answered)
+        self._prompt_tokens = metrics.prompt_tokens.labels(*answered)
+        self._generation_tokens = metrics.generation_tokens.labels(*answered)
+        self._kl_p_q = _Observations(metrics.kl_p_q.labels(*answered))
+        self._kl_pi_p = _Observations(metrics.kl_pi_p.labels(*answered))
+        self._ess = _Observations(metrics.ess.labels(*answered))
+        self._aligned_tokens = metrics.aligned_tokens.labels(*answered)
+        self._fallbacks = metrics.fallbacks.labels(*answered)
+        self._answered = answered
         self._told_s = arrived_s
         self._num_tokens = self._num_aligned = self._num_fallbacks = 0
 
@@ -215,7 +244,7 @@ class Meter:
 
     def ended(self, outcome: Outcome) -> None:
         self._tell()
-        self._metrics.requests.labels(self._aligner, outcome).inc()
+        self._metrics.requests.labels(*self._answered, outcome).inc()
         if outcome in ("stop", "length"):
             self._request_s.observe(time.perf_counter() - self._arrived_s)
 
@@ -266,18 +295,40 @@ def _counts(stats: EngineStats) -> list[tuple[str, str, str, int]]:
     ]
 
 
-class _ResidentAligners(Collector):
-    """What inference gateways read to route a request to where its aligner is; exactly one sample."""
+class _AlignerFigures(Collector):
+    """What the registry of aligners is at, read when asked for."""
 
-    def __init__(self, aligners: tuple[str, ...]) -> None:
-        self._aligners = aligners
+    def __init__(self, figures: Callable[[], AlignerFigures]) -> None:
+        self._figures = figures
+        self._told: tuple[str, str] | None = None
         self._changed_s = time.time()
 
     def collect(self) -> Iterator[Metric]:
+        figures = self._figures()
+        states = GaugeMetricFamily("ram_aligner_versions", "Versions by their state.", labels=["state"])
+        for state, count in figures.states.items():
+            states.add_metric([state], count)
+        yield states
+        held = figures.held_bytes
+        yield GaugeMetricFamily("ram_aligner_memory_bytes", "Memory that aligners hold.", held)
+        limit = figures.memory_bytes
+        yield GaugeMetricFamily("ram_aligner_memory_limit_bytes", "Memory that aligners may hold.", limit)
+        waiting = figures.num_waiting
+        yield GaugeMetricFamily("ram_aligner_requests_waiting", "Requests that wait for aligners.", waiting)
+        yield CounterMetricFamily("ram_aligner_loads", "Aligners brought into memory.", figures.num_loads)
+        failures = figures.num_failures
+        yield CounterMetricFamily("ram_aligner_load_failures", "Aligners that could not be.", failures)
+        yield self._for_gateways(figures)
+
+    def _for_gateways(self, figures: AlignerFigures) -> Metric:
+        """What inference gateways read to route a request to where its aligner is; exactly one sample."""
+        resident, waiting = ",".join(figures.resident), ",".join(figures.coming)
+        if self._told != (resident, waiting):
+            self._told, self._changed_s = (resident, waiting), time.time()
         labels = ["max_lora", "running_lora_adapters", "waiting_lora_adapters"]
         info = GaugeMetricFamily("vllm:lora_requests_info", "Resident aligners.", labels=labels)
-        info.add_metric([str(len(self._aligners)), ",".join(self._aligners), ""], self._changed_s)
-        yield info
+        info.add_metric([str(len(figures.resident)), resident, waiting], self._changed_s)
+        return info
 
 
 class _EcosystemNames(Collector):
@@ -329,6 +380,16 @@ class _EcosystemNames(Collector):
         for reason, count in counts.items():
             family.add_metric([self._model_name, reason], count)
         return family
+
+
+def _add_up(child: Any, total: Any) -> None:
+    """Add what one child of a counter or histogram has to another's."""
+    if isinstance(child, Counter):
+        total._value.inc(child._value.get())
+        return
+    for bucket, into in zip(child._buckets, total._buckets, strict=True):
+        into.inc(bucket.get())
+    total._sum.inc(child._sum.get())
 
 
 def _samples(source: Counter | Histogram) -> Iterator[tuple[str, dict[str, str], float]]:

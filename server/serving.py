@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from ram_core.engine.client import EngineClient
 from ram_core.errors import EngineUnavailable
+from server.aligners.checking import Checker
+from server.aligners.service import AlignerService, ServiceOptions
+from server.aligners.start import Inventory
 from server.metrics import Metrics
 from server.openai.convert import ModelNames
 from server.settings import Settings, SettingsError
@@ -21,10 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """An engine, and the tokenizer whose ids it speaks."""
+    """An engine, the tokenizer whose ids it speaks, and the aligners that were found."""
 
     engine: EngineClient
     tokenizer: PreTrainedTokenizerBase
+    checker: Checker
+    inventory: Inventory
 
 
 class Serving:
@@ -41,13 +46,18 @@ class Serving:
         self.is_draining = False
         self.is_leaving = False
         self._loaded: Loaded | None = None
+        self._aligners: AlignerService | None = None
         self._names = ModelNames(settings.model_name)
 
     def open(self, loaded: Loaded) -> None:
-        """Answer requests from now on."""
-        aligners = loaded.engine.aligners
-        self._names = ModelNames(self.settings.model_name, aligners, self.settings.default_aligner)
-        self.metrics.open(loaded.engine)
+        """Answer requests from now on; call it in the event loop that answers them."""
+        settings = self.settings
+        options = ServiceOptions(settings.aligner_wait_s, settings.max_aligner_loads, settings.model_name)
+        self._aligners = AlignerService(
+            loaded.engine, loaded.checker, loaded.inventory, options, watcher=self.metrics
+        )
+        self._aligners.begin()
+        self.metrics.open(loaded.engine, self._aligners.figures)
         self._loaded = loaded
 
     def _open_usage_log(self) -> UsageLog | None:
@@ -66,6 +76,8 @@ class Serving:
 
     async def close(self) -> None:
         """End the engine, if there is one; what still runs fails with `EngineUnavailable`."""
+        if self._aligners is not None:
+            await self._aligners.end()
         if self._loaded is not None:
             await self._loaded.engine.close()
 
@@ -79,8 +91,18 @@ class Serving:
         return self._loaded
 
     @property
+    def aligners(self) -> AlignerService:
+        """The aligners; raises `EngineUnavailable` as `loaded` does."""
+        _ = self.loaded
+        assert self._aligners is not None, "it is there since there is an engine"
+        return self._aligners
+
+    @property
     def names(self) -> ModelNames:
-        """What requests may call by name; the proposal alone while loading."""
+        """What requests may call by name; the proposal alone while loading. The same until it changes."""
+        if self._aligners is not None and self._aligners.names is not self._names.aligners:
+            settings = self.settings
+            self._names = ModelNames(settings.model_name, self._aligners.names, settings.default_aligner)
         return self._names
 
     def why_not_alive(self) -> str | None:

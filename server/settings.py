@@ -65,10 +65,19 @@ def aligner_table(items: list[str]) -> dict[str, str]:
     return table
 
 
+def parse_names(value: object) -> object:
+    """Names, from `["a", "b"]` or `"a,b"`; anything else is left for pydantic to refuse."""
+    items = [value] if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, str) for item in items):
+        return value
+    return tuple(name.strip() for item in items for name in item.split(",") if name.strip())
+
+
 Size = Annotated[int, BeforeValidator(parse_size), Field(ge=0)]
 EngineMode = Literal["process", "thread"]
 MetricsAccess = Literal["loopback", "admin", "open"]
 Aligners = Annotated[dict[str, str], NoDecode, BeforeValidator(parse_aligners)]
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(parse_names)]
 
 
 class Settings(BaseSettings):
@@ -79,6 +88,10 @@ class Settings(BaseSettings):
     proposal: str = ""
     aligners: Aligners = Field(default_factory=dict)
     aligners_dir: Path | None = None
+    preload: Names = ()
+    aligner_memory: Size | None = None
+    aligner_wait_s: float = Field(default=30.0, ge=0)
+    max_aligner_loads: int = Field(default=1, ge=1)
     demo: bool = False
     served_model_name: str = ""
     default_aligner: str = ""
@@ -175,8 +188,8 @@ class Settings(BaseSettings):
         max_batch = default.max_batch if self.max_batch is None else self.max_batch
         return max_batch + (default.max_queue if self.max_queue is None else self.max_queue)
 
-    def engine_config(self) -> EngineConfig:
-        """The engine's part of the settings, with paths checked."""
+    def engine_config(self, aligners: tuple[AlignerSource, ...] = ()) -> EngineConfig:
+        """The engine's part of the settings, with paths checked; it begins with these aligners."""
         given = {
             "device": self.device,
             "dtype": self.dtype,
@@ -195,15 +208,15 @@ class Settings(BaseSettings):
             "compile": self.compile,
             "aligner_bank": self.aligner_bank,
             "aligner_slots": self.aligner_slots,
+            "aligner_memory_bytes": self.aligner_memory,
             "quantization": self.quantization,
             "tensor_parallel": self.tensor_parallel,
             "trust_remote_code": self.trust_remote_code,
         }
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        proposal = self._proposal_source()
-        aligners = tuple(AlignerSource(name, source) for name, source in self._aligner_sources().items())
-        self._check_aligner_names([aligner.name for aligner in aligners])
-        return EngineConfig(proposal=proposal, aligners=aligners, **options)
+        if self.aligners_dir is not None and not self.aligners_dir.is_dir():
+            raise SettingsError(f"`aligners_dir` is not a directory: {self.aligners_dir}")
+        return EngineConfig(proposal=self._proposal_source(), aligners=aligners, **options)
 
     def _proposal_source(self) -> str:
         if not self.is_demo:
@@ -217,26 +230,19 @@ class Settings(BaseSettings):
             )
         return str(proposal)
 
-    def _aligner_sources(self) -> dict[str, str]:
-        """Directories of aligners first, in alphabetical order; what is named explicitly wins."""
-        found: dict[str, str] = {}
-        directories = [self.aligners_dir] if self.aligners_dir else []
-        if self.is_demo:
-            from ram_core.demo import bundle_path
+    def aligner_sources(self) -> dict[str, str]:
+        """Aligners that the server cannot do without: the demo's, and those that are named, which win."""
+        if not self.is_demo:
+            return self.aligners
+        from ram_core.demo import bundle_path
 
-            directories.insert(0, bundle_path() / "aligners")
-        for directory in directories:
-            if not directory.is_dir():
-                raise SettingsError(f"`aligners_dir` is not a directory: {directory}")
-            inside = sorted(path for path in directory.iterdir() if (path / "config.json").is_file())
-            found |= {path.name: str(path) for path in inside}
-        return found | self.aligners
+        inside = sorted((bundle_path() / "aligners").glob("*/config.json"))
+        return {path.parent.name: str(path.parent) for path in inside} | self.aligners
 
-    def _check_aligner_names(self, names: list[str]) -> None:
+    def check_aligner_names(self, names: tuple[str, ...]) -> None:
+        """Raise `SettingsError` unless these can be the names of all aligners at the start."""
         if self.model_name in names:
             raise SettingsError(f"An aligner has the proposal's name, `{self.model_name}`.")
-        if IDENTITY in names:
-            raise SettingsError(f"`{IDENTITY}` names the absence of an aligner; rename that directory.")
         if self.default_aligner and self.default_aligner not in [*names, IDENTITY]:
             known = ", ".join(names) or "none"
             raise SettingsError(

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from ram_core.aligners.files import resolve_below
 from ram_core.aligners.manifest import Manifest
-from ram_core.models.loading import build_skeleton, load_config
-from ram_core.models.lora import WEIGHTS_FILE, is_adapter, read_lora_config
 from ram_core.models.weight_files import read_checkpoint_headers, read_header
 
 
@@ -27,19 +25,19 @@ def count_weights(directory: Path, manifest: Manifest) -> WeightCount:
     Raises:
         CheckpointError: a file that is missing or broken.
     """
+    # Those who only pass counts on need no torch.
+    from ram_core.models.loading import build_skeleton, load_config
+    from ram_core.models.lora import WEIGHTS_FILE, is_adapter, read_lora_config
+
     own = 0
     bases: dict[str, int] = {}
     for part in manifest.parts:
         path = directory if part == "." else resolve_below(directory, part)
         if is_adapter(str(path)):
-            own += _count_in(path / WEIGHTS_FILE)
+            own += sum(math.prod(tensor.shape) for tensor in read_header(path / WEIGHTS_FILE).values())
             base = read_lora_config(str(path)).base
             skeleton = build_skeleton(load_config(base))
             bases[base] = sum(weight.numel() for weight in skeleton.parameters())
         else:
             own += sum(math.prod(tensor.shape) for tensor in read_checkpoint_headers(path).values())
     return WeightCount(own, bases)
-
-
-def _count_in(path: Path) -> int:
-    return sum(math.prod(tensor.shape) for tensor in read_header(path).values())

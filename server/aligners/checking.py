@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from ram_core.aligners.files import Snapshot
 from ram_core.aligners.sizes import WeightCount, count_weights
 from ram_core.aligners.states import VersionKey
-from ram_core.aligners.verification import verify
 from ram_core.errors import CheckpointError
 from server.aligners.known import KnownVersion
 
@@ -48,6 +47,9 @@ class Checker:
         Raises:
             CheckpointError: it cannot be served.
         """
+        # With torch: only here, so that a server answers before it is read.
+        from ram_core.aligners.verification import verify
+
         if (before := self._found_sound(known)) is not None:
             return before
         told = -1

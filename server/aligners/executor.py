@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Coroutine, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol
 
 from ram_core.aligners.registry import AlignerRegistry
 from ram_core.aligners.sizes import WeightCount
@@ -40,6 +40,16 @@ from server.aligners.known import KnownVersion, key_of
 logger = logging.getLogger(__name__)
 
 
+class Watcher(Protocol):
+    """Who wants to hear which versions there are."""
+
+    def add_version(self, aligner: str, version: str) -> None:
+        """A version answers from memory."""
+
+    def drop_version(self, aligner: str, version: str) -> None:
+        """A version is not known any more."""
+
+
 class Executor:
     """The registry's hands; lives in one event loop.
 
@@ -54,6 +64,9 @@ class Executor:
         checker: Checker,
         versions: Mapping[VersionKey, KnownVersion],
         answers: Mapping[str, asyncio.Future[Grant]],
+        watcher: Watcher,
+        *,
+        on_freed: Callable[[], None],
     ) -> None:
         self.failed_promotions: dict[str, RamError] = {}
         self._registry = registry
@@ -61,6 +74,8 @@ class Executor:
         self._checker = checker
         self._versions = versions
         self._answers = answers
+        self._watcher = watcher
+        self._on_freed = on_freed
         self._loading: set[VersionKey] = set()
         self._freeing: set[VersionKey] = set()
         self._spoiled: dict[VersionKey, str] = {}
@@ -247,6 +262,8 @@ class Executor:
             # Removed while the engine was away, or never fit to be served.
             del there[key]
             self._engine.free_aligner(str(key))
+        for key in there:
+            self._watcher.add_version(*key)
         for key, reason in failed.items():
             logger.warning("`%s` is not served: %s.", key, reason)
         self._unsound = {}
@@ -265,6 +282,7 @@ class Executor:
         if key in self._loading:
             self._loading.discard(key)
             self.num_loads += 1
+            self._watcher.add_version(*key)
             self._registry_says(self._registry.loaded(key, num_bytes, device))
 
     def _freed(self, key: VersionKey) -> None:
@@ -273,6 +291,7 @@ class Executor:
             self._failed(key, reason)
         else:
             self._registry_says(self._registry.freed(key))
+        self._on_freed()
 
 
 def _shown(shares: Mapping[str, float]) -> str:

@@ -22,10 +22,11 @@ from ram_core.errors import (
 )
 from ram_core.params import MAX_STRENGTH, AlignerTerm, Resampling, require_range
 from server.aligners.checking import Checker
-from server.aligners.executor import Executor
+from server.aligners.executor import Executor, Watcher
 from server.aligners.known import KnownVersion, Origin, below, from_directory, model_name
 from server.aligners.lease import NOTHING, Defaults, Lease, LentAligner
 from server.aligners.start import Inventory
+from server.metrics import AlignerFigures
 
 POLL_S = 1.0
 _POLL_SHARE = 0.05
@@ -35,11 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class ServiceLimits:
-    """A request waits `wait_s` for aligners at most; `max_loads` are verified or loaded at once."""
+class ServiceOptions:
+    """A request waits `wait_s` for aligners at most; `max_loads` are verified or loaded at once.
 
-    wait_s: float = 30.0
-    max_loads: int = 1
+    No aligner may have the `proposal_name`.
+    """
+
+    wait_s: float
+    max_loads: int
+    proposal_name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +65,29 @@ class AlignerService:
     """
 
     def __init__(
-        self, engine: EngineClient, checker: Checker, inventory: Inventory, limits: ServiceLimits
+        self,
+        engine: EngineClient,
+        checker: Checker,
+        inventory: Inventory,
+        options: ServiceOptions,
+        *,
+        watcher: Watcher,
     ) -> None:
         """Knows what was found at the start; `begin` goes on from there."""
         self._engine = engine
         self._checker = checker
-        self._limits = limits
+        self._options = options
+        self._watcher = watcher
         self._inventory = inventory
         self._directory = inventory.directory
         self._versions: dict[VersionKey, KnownVersion] = {}
         self._defaults: dict[str, Defaults] = {}
         self._answers: dict[str, asyncio.Future[Grant]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self.registry = AlignerRegistry(RegistryLimits(memory_bytes=0, max_jobs=limits.max_loads))
-        self._executor = Executor(self.registry, engine, checker, self._versions, self._answers)
+        self.registry = AlignerRegistry(RegistryLimits(memory_bytes=0, max_jobs=options.max_loads))
+        self._executor = Executor(
+            self.registry, engine, checker, self._versions, self._answers, watcher, on_freed=self._forget
+        )
         self.held_back: Mapping[str, str] = {}
 
     def begin(self) -> None:
@@ -89,7 +103,10 @@ class AlignerService:
             self._tasks.append(asyncio.create_task(self._watch(self._directory)))
 
     async def end(self) -> None:
-        """Stop watching and verifying; the engine is for others to end."""
+        """Stop watching and verifying, and let nobody wait; the engine is for others to end."""
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(EngineUnavailable("The server is shutting down."))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -136,7 +153,7 @@ class AlignerService:
     def _ask(self, request_id: str, asked: tuple[AskedAligner, ...], sticky_key: str) -> None:
         try:
             actions = self.registry.acquire(
-                request_id, asked, sticky_key=sticky_key, max_wait_s=self._limits.wait_s
+                request_id, asked, sticky_key=sticky_key, max_wait_s=self._options.wait_s
             )
         except UnknownModel:
             missing = [each.name for each in asked if each.name not in self.names]
@@ -311,6 +328,30 @@ class AlignerService:
 
     # What is known.
 
+    def figures(self) -> AlignerFigures:
+        """For metrics."""
+        statuses = self.registry.status()
+        states = dict.fromkeys(State, 0)
+        for status in statuses:
+            for version in status.versions:
+                states[version.state] += 1
+
+        def names_in(*wanted: State) -> tuple[str, ...]:
+            return tuple(
+                status.name for status in statuses if any(each.state in wanted for each in status.versions)
+            )
+
+        return AlignerFigures(
+            {state.value: count for state, count in states.items()},
+            names_in(State.RESIDENT, State.DRAINING),
+            names_in(State.VERIFYING, State.LOADING),
+            self.held_bytes,
+            self.memory_bytes,
+            self.registry.num_waiting,
+            self._executor.num_loads,
+            self._executor.num_failures,
+        )
+
     def _view(self, status: AlignerStatus) -> AlignerView:
         known = {each.key.version: self._versions[each.key] for each in status.versions}
         return AlignerView(
@@ -321,6 +362,9 @@ class AlignerService:
         )
 
     def _add(self, known: KnownVersion) -> None:
+        """Make a version known; raises `InvalidRequest` for one that cannot be."""
+        if known.key.name == self._options.proposal_name:
+            raise InvalidRequest(f"`{known.key.name}` is the proposal's name.", param="name")
         own = self._defaults.get(known.key.name, Defaults())
         strength = known.manifest.strength if own.strength is None else own.strength
         actions = self.registry.add(
@@ -335,6 +379,7 @@ class AlignerService:
         for key in [key for key in self._versions if not self.registry.knows(key)]:
             del self._versions[key]
             self._checker.forget(key)
+            self._watcher.drop_version(*key)
 
     async def _watch(self, directory: AlignersDirectory) -> None:
         """Look at the directory now and then, for ever."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ram_core.aligners.directory import AlignersDirectory
@@ -79,8 +79,8 @@ def take_inventory(aligners: Mapping[str, str], directory: Path | None, preload:
     return Inventory((*given, *found), tuple(loaded), watched)
 
 
-def check_inventory(inventory: Inventory, checker: Checker) -> Mapping[VersionKey, str]:
-    """Verify what is loaded from the start; what is wrong with versions that are not required.
+def check_inventory(inventory: Inventory, checker: Checker) -> Inventory:
+    """Verify what is loaded from the start; what is not required may be unsound.
 
     Raises:
         CheckpointError: a version that the settings name cannot be served.
@@ -93,7 +93,7 @@ def check_inventory(inventory: Inventory, checker: Checker) -> Mapping[VersionKe
             if known.origin is Origin.SETTINGS:
                 raise
             unsound[known.key] = str(error)
-    return unsound
+    return replace(inventory, unsound=unsound)
 
 
 def _newest_last(known: KnownVersion) -> list[tuple[bool, int, str]]:

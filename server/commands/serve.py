@@ -20,10 +20,12 @@ from rich.console import Console
 
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.parent import begin_logging
+from server.aligners.checking import Checker
+from server.aligners.start import Inventory, check_inventory, take_inventory
 from server.app import create_app
 from server.connections import guarded
 from server.serving import Loaded, Serving
-from server.settings import EngineMode, Settings, SettingsError
+from server.settings import Settings, SettingsError
 from server.tenants.access import is_loopback
 
 if TYPE_CHECKING:
@@ -76,12 +78,13 @@ def run(settings: Settings) -> None:
         SettingsError: nothing to serve, or no port to serve on.
         CheckpointError: a model cannot be served.
     """
-    config = settings.engine_config()
+    # What is wrong with the settings is told before anything is begun.
+    settings.engine_config()
     begin_logging(settings.log_level.upper())
     with ExitStack() as exits:
         listeners = [exits.enter_context(listener) for listener in _bind_all(settings)]
         exits.enter_context(_signals_end_serving())
-        is_loaded = asyncio.run(_serve(settings, config, listeners))
+        is_loaded = asyncio.run(_serve(settings, listeners))
     if not is_loaded:
         # A thread still reads weights and cannot be stopped; nothing else is left to do.
         os._exit(0)
@@ -149,7 +152,7 @@ def _check_admin_port(settings: Settings, listener: socket.socket, admin_listene
         raise SettingsError(f"An admin's port on {host} needs an admin's key: RAM_ADMIN_KEY.")
 
 
-async def _serve(settings: Settings, config: EngineConfig, listeners: list[socket.socket]) -> bool:
+async def _serve(settings: Settings, listeners: list[socket.socket]) -> bool:
     """Return whether the models had been loaded when the end came."""
     app = create_app(settings)
     serving: Serving = app.state.serving
@@ -167,7 +170,7 @@ async def _serve(settings: Settings, config: EngineConfig, listeners: list[socke
     if settings.tenants_file or settings.usage_log:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, serving.reload)
     answering = asyncio.create_task(server.serve(sockets=listeners))
-    loading = _load_in_thread(config, settings.engine)
+    loading = _load_in_thread(settings)
     await asyncio.wait((answering, loading), return_when=asyncio.FIRST_COMPLETED)
     if not loading.done():
         await answering
@@ -186,7 +189,7 @@ async def _serve(settings: Settings, config: EngineConfig, listeners: list[socke
     return True
 
 
-def _load_in_thread(config: EngineConfig, mode: EngineMode) -> asyncio.Future[Loaded]:
+def _load_in_thread(settings: Settings) -> asyncio.Future[Loaded]:
     """Load off the event loop, in a thread that does not keep the process alive."""
     loop = asyncio.get_running_loop()
     loading: asyncio.Future[Loaded] = loop.create_future()
@@ -199,7 +202,7 @@ def _load_in_thread(config: EngineConfig, mode: EngineMode) -> asyncio.Future[Lo
 
     def work() -> None:
         try:
-            loop.call_soon_threadsafe(tell, load(config, mode), None)
+            loop.call_soon_threadsafe(tell, load(settings), None)
         except Exception as error:
             loop.call_soon_threadsafe(tell, None, error)
 
@@ -207,40 +210,54 @@ def _load_in_thread(config: EngineConfig, mode: EngineMode) -> asyncio.Future[Lo
     return loading
 
 
-def load(config: EngineConfig, mode: EngineMode = "process") -> Loaded:
-    """The engine, running, and its tokenizer; tells on stderr where it is."""
-    return (_load_process if mode == "process" else _load_thread)(config)
+def load(settings: Settings) -> Loaded:
+    """The engine, running, its tokenizer and the aligners that were found; tells on stderr where it is.
+
+    Raises:
+        SettingsError, CheckpointError: it cannot be served, or an aligner that was named cannot.
+    """
+    inventory = take_inventory(settings.aligner_sources(), settings.aligners_dir, settings.preload)
+    settings.check_aligner_names(inventory.names)
+    config = settings.engine_config(inventory.sources())
+    return (_load_process if settings.engine == "process" else _load_thread)(config, inventory)
 
 
-def _load_process(config: EngineConfig) -> Loaded:
-    """An engine in a process of its own, which loads while the tokenizer is read here."""
+def _load_process(config: EngineConfig, inventory: Inventory) -> Loaded:
+    """An engine in a process of its own, which loads while its aligners are verified here."""
     from ram_core.engine.supervisor import SupervisedEngine
 
     engine = SupervisedEngine(config, _print_progress)
     engine.begin()
     try:
-        tokenizer = _load_tokenizer(config)
+        tokenizer, checker = _load_tokenizer(config)
+        inventory = check_inventory(inventory, checker)
         engine.wait_loaded()
     except BaseException:
         engine.end()
         raise
-    return Loaded(engine, tokenizer)
+    return Loaded(engine, tokenizer, checker, inventory)
 
 
-def _load_thread(config: EngineConfig) -> Loaded:
+def _load_thread(config: EngineConfig, inventory: Inventory) -> Loaded:
     from ram_core.engine.thread import EngineThread
 
-    tokenizer = _load_tokenizer(config)
-    return Loaded(EngineThread.start(config, _print_progress), tokenizer)
+    tokenizer, checker = _load_tokenizer(config)
+    inventory = check_inventory(inventory, checker)
+    return Loaded(EngineThread.start(config, _print_progress), tokenizer, checker, inventory)
 
 
-def _load_tokenizer(config: EngineConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(config: EngineConfig) -> tuple[PreTrainedTokenizerBase, Checker]:
+    """The proposal's tokenizer, and what compares aligners with it."""
     from transformers.utils import logging as transformers_logging
 
+    from ram_core.models.loading import load_config
     from ram_core.models.vocabulary import load_tokenizer
 
     transformers_logging.disable_progress_bar()
-    return load_tokenizer(config.proposal, trust_remote_code=config.trust_remote_code)
+    is_trusted = config.trust_remote_code
+    tokenizer = load_tokenizer(config.proposal, trust_remote_code=is_trusted)
+    proposal = load_config(config.proposal, trust_remote_code=is_trusted)
+    return tokenizer, Checker(tokenizer, proposal.get_text_config(decoder=True).vocab_size)
 
 
 def _print_progress(line: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
+from ram_core.aligners.states import AskedAligner
 from ram_core.errors import InvalidRequest
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
+from server.aligners.lease import Lease
 from server.openai.errors import UnknownName, UnsupportedParameter
 from server.openai.schema import (
     Alignment,
@@ -43,45 +45,63 @@ _ALIGNMENT_FIELDS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ModelNames:
     """What a request may call by name; `default_aligner` answers where it names nothing.
 
-    Without `has_proposal` the proposal answers nobody alone.
+    Without `has_proposal` the proposal answers nobody alone. Two of them are never equal, and so quickly told
+    apart.
     """
 
     proposal: str
     aligners: tuple[str, ...] = ()
     default_aligner: str = ""
     has_proposal: bool = True
+    _known: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_known", frozenset(self.aligners))
 
     def require(self, name: str, param: str) -> None:
         """Raise `UnknownName` unless an aligner, or the identity, has this name."""
-        if name != IDENTITY and name not in self.aligners:
+        if name != IDENTITY and name not in self._known:
             raise UnknownName(f"The aligner `{name[:200]}` does not exist.", param=param)
+
+    def aligner_of(self, model: str) -> str | None:
+        """The aligner that a model's name means, by its own name or as `proposal:aligner`; None if none."""
+        if model in self._known:
+            return model
+        own = model.removeprefix(f"{self.proposal}:")
+        return own if own != model and own in self._known else None
 
 
 def names_for(tenant: Tenant, names: ModelNames) -> ModelNames:
     """What a tenant may call by name: to it, nothing else exists."""
-    aligners = _visible(names.aligners, tenant.aligners)
-    default = tenant.default_aligner
-    if not default and (names.default_aligner in aligners or names.default_aligner == IDENTITY):
-        default = names.default_aligner
-    return ModelNames(names.proposal, aligners, default, fits(names.proposal, tenant.models))
+    return _names_for(names, tenant.aligners, tenant.models, tenant.default_aligner)
 
 
 @lru_cache(maxsize=1024)
-def _visible(names: tuple[str, ...], patterns: Patterns) -> tuple[str, ...]:
-    return tuple(name for name in names if fits(name, patterns))
+def _names_for(names: ModelNames, aligners: Patterns, models: Patterns, default: str) -> ModelNames:
+    visible = tuple(name for name in names.aligners if fits(name, aligners))
+    if not default and (names.default_aligner in visible or names.default_aligner == IDENTITY):
+        default = names.default_aligner
+    return ModelNames(names.proposal, visible, default, fits(names.proposal, models))
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a request wants, in the core's words, and in which form it wants to be answered."""
+    """What a request wants, in the core's words, and in which form it wants to be answered.
+
+    `alignment` has no terms yet: which models `aligners` come to is known when they have been lent. `said`
+    has those of its fields that the request gave. `user` is on whose behalf it asks, "" if that is not told.
+    """
 
     model: str
     sampling: SamplingParams
+    aligners: tuple[AskedAligner, ...]
     alignment: AlignmentParams
+    said: frozenset[str]
+    user: str
     num_choices: int
     cache_salt: str
     is_stream: bool
@@ -101,12 +121,16 @@ def to_ask(request: ChatRequest | CompletionRequest, names: ModelNames, limits: 
     if request.stream_options is not None and not is_stream:
         raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
     _check_limits(request, limits)
-    alignment = to_alignment(request, names)
-    default_model = "+".join(term.aligner for term in alignment.terms) or names.proposal
+    aligners, alignment, said = to_alignment(request, names)
+    default_model = "+".join(asked.name for asked in aligners) or names.proposal
     return Ask(
         model=request.model or default_model,
         sampling=to_sampling(request, limits),
+        # Where the proposal draws alone, nobody need wait for an aligner.
+        aligners=() if alignment.resampling is Resampling.PROPOSAL else aligners,
         alignment=alignment,
+        said=said,
+        user=request.safety_identifier or request.user or "",
         num_choices=1 if request.n is None else request.n,
         cache_salt=request.cache_salt or "",
         is_stream=is_stream,
@@ -169,18 +193,33 @@ def _num_top_log_probs(request: ChatRequest | CompletionRequest) -> int | None:
     return request.top_logprobs
 
 
-def to_alignment(request: GenerationRequest, names: ModelNames) -> AlignmentParams:
-    """Which aligners act, and how: the extension's word, else the model's name, else the server's default."""
+def to_alignment(
+    request: GenerationRequest, names: ModelNames
+) -> tuple[tuple[AskedAligner, ...], AlignmentParams, frozenset[str]]:
+    """Which aligners act, how, and what of that was said in so many words.
+
+    Aligners are the extension's word, else the model's name, else the server's default.
+    """
     wire = request.alignment or Alignment()
     given: dict[str, Any] = _given(wire, _ALIGNMENT_FIELDS)
     if wire.resampling is not None:
         given["resampling"] = _to_resampling(wire.resampling)
-    terms = _to_terms(wire, _named_by_model(request.model, names), names)
-    params = _within("alignment.", lambda: AlignmentParams(terms=terms, **given))
-    if not names.has_proposal and (params.is_identity or not any(term.strength for term in terms)):
+    aligners = _to_aligners(wire, _named_by_model(request.model, names), names)
+    params = _within("alignment.", lambda: AlignmentParams(**given))
+    is_identity = params.resampling is Resampling.PROPOSAL or not any(
+        asked.scale and asked.strength != 0 for asked in aligners
+    )
+    if is_identity and not names.has_proposal:
         name = request.model or names.proposal
         raise UnknownName(f"The model `{name[:200]}` does not exist.", param="model")
-    return params
+    return aligners, params, frozenset(given)
+
+
+def aligned(ask: Ask, lease: Lease) -> AlignmentParams:
+    """How the aligners act that were lent: as the request says, and else as they do by default."""
+    defaults: dict[str, Any] = {"resampling": lease.resampling, "kl_threshold": lease.kl_threshold}
+    holding = {name: value for name, value in defaults.items() if value is not None and name not in ask.said}
+    return replace(ask.alignment, terms=lease.terms, **holding)
 
 
 def _named_by_model(model: str | None, names: ModelNames) -> str:
@@ -188,30 +227,36 @@ def _named_by_model(model: str | None, names: ModelNames) -> str:
         return names.default_aligner or IDENTITY
     if model == names.proposal:
         return IDENTITY
-    if model not in names.aligners:
+    if (aligner := names.aligner_of(model)) is None:
         raise UnknownName(f"The model `{model[:200]}` does not exist.", param="model")
-    return model
+    return aligner
 
 
-def _to_terms(wire: Alignment, named_by_model: str, names: ModelNames) -> tuple[AlignerTerm, ...]:
+def _to_aligners(wire: Alignment, named_by_model: str, names: ModelNames) -> tuple[AskedAligner, ...]:
+    """The aligners that are named; a strength beside a list multiplies every one in it."""
     if wire.aligner is not None and wire.aligners is not None:
         raise InvalidRequest("Give either `aligner` or `aligners`, not both.", param="alignment.aligners")
-    strength = 1.0 if wire.strength is None else wire.strength
     if wire.aligners is None:
         name = named_by_model if wire.aligner is None else wire.aligner
         names.require(name, "alignment.aligner")
-        chosen = [(name, 1.0, "alignment.")]
+        chosen = [_asked(name, wire.strength, 1.0, "alignment.")]
     else:
+        scale = 1.0 if wire.strength is None else wire.strength
         chosen = []
         for index, choice in enumerate(wire.aligners):
             names.require(choice.name, f"alignment.aligners[{index}].name")
-            own = 1.0 if choice.strength is None else choice.strength
-            chosen.append((choice.name, own, f"alignment.aligners[{index}]."))
-    return tuple(_to_term(name, own * strength, place) for name, own, place in chosen if name != IDENTITY)
+            chosen.append(_asked(choice.name, choice.strength, scale, f"alignment.aligners[{index}]."))
+    chosen = [asked for asked in chosen if asked.name != IDENTITY]
+    if len({asked.name for asked in chosen}) != len(chosen):
+        raise InvalidRequest("`aligners` must not name one aligner twice.", param="alignment.aligners")
+    return tuple(chosen)
 
 
-def _to_term(name: str, strength: float, place: str) -> AlignerTerm:
-    return _within(place, lambda: AlignerTerm(name, strength))
+def _asked(name: str, strength: float | None, scale: float, place: str) -> AskedAligner:
+    """Multiplied at once where it can be; what it comes to must be a strength."""
+    asked = AskedAligner(name, None, scale) if strength is None else AskedAligner(name, strength * scale)
+    _within(place, lambda: AlignerTerm(name, scale if asked.strength is None else asked.strength))
+    return asked
 
 
 def _to_resampling(name: str) -> Resampling:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ram_core.errors import (
+    AlignerUnavailable,
     ContextLengthExceeded,
     EngineOutOfMemory,
     EngineUnavailable,
@@ -27,6 +28,8 @@ HUNG_UP = 499
 """The status under which an answer to a client that is gone is counted, as nginx does."""
 ENGINE_RETRY_S = 5
 """When to ask again after the engine died: about the time that a supervisor needs to restart it."""
+ALIGNER_RETRY_S = 10
+"""When to ask again for an aligner that could not be loaded, or not in time."""
 
 
 class ApiError(Exception):
@@ -91,6 +94,9 @@ _TABLE: dict[type[RamError], _Row] = {
     TooManyTokens: _Row(429, "tokens", "rate_limit_exceeded", _NO_RETRY),
     EngineUnavailable: _Row(
         503, "service_unavailable_error", "engine_unavailable", {"Retry-After": str(ENGINE_RETRY_S)}
+    ),
+    AlignerUnavailable: _Row(
+        503, "service_unavailable_error", "aligner_unavailable", {"Retry-After": str(ALIGNER_RETRY_S)}
     ),
     NonFiniteLogits: _Row(500, "server_error", None, _NO_RETRY),
     EngineOutOfMemory: _Row(500, "server_error", None),

@@ -19,6 +19,8 @@ from pydantic_core import to_json
 
 from ram_core.engine.detokenizer import token_bytes, token_text
 from ram_core.engine.messages import FinishReason, StepTelemetry, TokenEvent
+from ram_core.params import AlignmentParams
+from server.aligners.lease import NOTHING, Lease
 from server.generation import Delta, Generation, Tally
 from server.openai.convert import Ask
 from server.openai.schema import (
@@ -32,8 +34,8 @@ from server.openai.schema import (
     AlignedCompletionChoice,
     AlignedLogprobs,
     AlignedTokenLogprob,
-    AlignerChoice,
     AlignmentSummary,
+    LentAlignerSummary,
     TokenAlignment,
 )
 
@@ -66,6 +68,9 @@ class Renderer(Protocol):
     """One answer's shape: in chunks, or whole."""
 
     id: str
+
+    def begin(self, lease: Lease, alignment: AlignmentParams) -> None:
+        """Learn which aligners were lent for the answer, and how they act; before anything else is asked."""
 
     def chunks(self, delta: Delta) -> Iterable[str]:
         """What a stream tells of one delta, as JSON."""
@@ -102,6 +107,11 @@ class _Head:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._frames: dict[int, tuple[str, str]] = {}
+        self._lease, self._alignment = NOTHING, ask.alignment
+
+    def begin(self, lease: Lease, alignment: AlignmentParams) -> None:
+        """Learn which aligners were lent for the answer, and how they act."""
+        self._lease, self._alignment = lease, alignment
 
     def _fields(self, object_name: str) -> dict[str, Any]:
         return {"id": self.id, "object": object_name, "created": self._created, "model": self._ask.model}
@@ -128,7 +138,9 @@ class _Head:
         return not (self._ask.wants_log_probs or self._ask.wants_telemetry)
 
     def _summary(self, tally: Tally) -> dict[str, Any]:
-        return {"alignment": summarize(self._ask, tally)} if self._ask.wants_telemetry else {}
+        if not self._ask.wants_telemetry:
+            return {}
+        return {"alignment": summarize(self._lease, self._alignment, tally)}
 
     def _summary_of(self, transcripts: Iterable[Transcript]) -> dict[str, Any]:
         total = Tally()
@@ -296,12 +308,11 @@ class CompletionRenderer(_Head):
         return table
 
 
-def summarize(ask: Ask, tally: Tally) -> AlignmentSummary:
-    """What the aligners did to an answer."""
-    terms = ask.alignment.terms
+def summarize(lease: Lease, alignment: AlignmentParams, tally: Tally) -> AlignmentSummary:
+    """Who answered, and what the aligners did to an answer."""
     return AlignmentSummary(
-        aligners=[AlignerChoice(name=term.aligner, strength=term.strength) for term in terms],
-        resampling=ask.alignment.resampling.value,
+        aligners=_lent(lease),
+        resampling=alignment.resampling.value,
         tokens=tally.num_tokens,
         fallbacks=tally.num_fallbacks,
         mean_kl_p_q=tally.mean("kl_p_q"),
@@ -309,6 +320,13 @@ def summarize(ask: Ask, tally: Tally) -> AlignmentSummary:
         mean_ess=tally.mean("ess"),
         mean_aligner_mass=tally.mean("aligner_mass"),
     )
+
+
+def _lent(lease: Lease) -> list[LentAlignerSummary]:
+    return [
+        LentAlignerSummary(name=lent.name, version=lent.version, strength=lent.strength)
+        for lent in lease.aligners
+    ]
 
 
 def finite(log_prob: float) -> float:

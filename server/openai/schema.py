@@ -85,6 +85,8 @@ class GenerationRequest(_Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_CACHE_SALT)] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
     alignment: Alignment | None = None
 
 
@@ -133,10 +135,18 @@ class TokenAlignment(BaseModel):
     fallback: bool
 
 
-class AlignmentSummary(BaseModel):
-    """What the aligners did to a whole answer, or to one choice of it; means over its aligned tokens."""
+class LentAlignerSummary(BaseModel):
+    """An aligner that the request named: the version that answered, and how strongly it pulled."""
 
-    aligners: list[AlignerChoice]
+    name: str
+    version: str
+    strength: float
+
+
+class AlignmentSummary(BaseModel):
+    """Who answered, and what the aligners did to an answer, or to one choice; means over aligned tokens."""
+
+    aligners: list[LentAlignerSummary]
     resampling: str
     tokens: int
     fallbacks: int

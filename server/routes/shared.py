@@ -11,11 +11,13 @@ from starlette.responses import Response
 
 from ram_core.engine.messages import Request
 from ram_core.errors import ContextLengthExceeded, InvalidRequest
+from ram_core.params import AlignmentParams
 from server.accounting import Account
+from server.aligners.lease import Lease
 from server.generation import Generation
 from server.metrics import SEVERAL, Meter, Metrics
 from server.openai.body import read_json, validate
-from server.openai.convert import Ask, ModelNames, names_for
+from server.openai.convert import Ask, ModelNames, aligned, names_for
 from server.openai.errors import to_api_error
 from server.openai.fields import check_fields, unknown_fields
 from server.openai.render import Renderer, Transcript, count_usage
@@ -23,10 +25,13 @@ from server.openai.schema import GenerationRequest
 from server.serving import Serving
 from server.settings import IDENTITY
 from server.streaming import ChunkStream, open_stream
-from server.tenants.limits import RateLimited, TooManyTokens, Wanted
+from server.tenants.limits import RateLimited, Reservation, TooManyTokens, Wanted
 from server.tenants.tenants import Caller
 
 Wire = TypeVar("Wire", bound=GenerationRequest)
+
+VERSIONS_HEADER = "x-ram-aligners"
+"""Which versions answer, as NAME@VERSION, of those that the request named."""
 
 
 def describe_body(kind: type[GenerationRequest]) -> dict[str, Any]:
@@ -89,13 +94,50 @@ async def answer(
     http: HttpRequest, ask: Ask, prompts: list[tuple[int, ...]], renderer: Renderer, *, prompt_field: str
 ) -> Response:
     """Have the prompts continued; `prompt_field` is what the wire calls them."""
+    caller, aligners = caller_of(http), serving_of(http).aligners
+    # A place is taken before anybody waits for aligners, so that those who wait count.
+    reservation = _reserve(http, ask, prompts)
+    is_admitted = False
+    try:
+        sticky_key = _sticky_key(caller, ask) or renderer.id
+        lease = await aligners.acquire(renderer.id, ask.aligners, sticky_key=sticky_key)
+        alignment = aligned(ask, lease)
+        renderer.begin(lease, alignment)
+        generation = _generation(http, ask, prompts, renderer, lease, alignment, reservation)
+        try:
+            if ask.is_stream:
+                response: Response = await _stream(generation, renderer, serving_of(http), ask)
+            else:
+                response = await _whole(generation, renderer)
+            return _signed(response, lease)
+        finally:
+            is_admitted = generation.is_admitted
+    except InvalidRequest as error:
+        raise _in_wire_words(error, prompt_field) from None
+    finally:
+        if not is_admitted:
+            reservation.cancel()
+            aligners.release(renderer.id)
+
+
+def _generation(
+    http: HttpRequest,
+    ask: Ask,
+    prompts: list[tuple[int, ...]],
+    renderer: Renderer,
+    lease: Lease,
+    alignment: AlignmentParams,
+    reservation: Reservation,
+) -> Generation:
+    """The answer's choices, which give the lease back when they are left."""
     serving, caller = serving_of(http), caller_of(http)
+    loaded, aligners = serving.loaded, serving.aligners
     requests = [
         Request(
             f"{renderer.id}-{number}",
             prompt_ids,
             ask.sampling,
-            ask.alignment,
+            alignment,
             ask.num_choices,
             tenant=caller.tenant.name,
             priority=caller.tenant.priority,
@@ -103,24 +145,31 @@ async def answer(
         )
         for number, prompt_ids in enumerate(prompts)
     ]
-    loaded = serving.loaded
-    meter = Meter(serving.metrics, _aligner_label(ask), http.state.arrived_s)
-    account = _open_account(http, ask, prompts, renderer)
-    generation = Generation(
-        loaded.engine, loaded.tokenizer, requests, meter, account.close, keeps_text=account.keeps_text
+    answered = _labels(lease, alignment)
+    account = Account(
+        caller,
+        reservation,
+        serving.metrics,
+        serving.usage_log,
+        renderer.id,
+        ask.model,
+        answered[0],
+        tuple(f"{lent.name}@{lent.version}" for lent in lease.aligners),
+        http.state.arrived_s,
+        lambda: tuple(loaded.tokenizer.decode(prompt_ids) for prompt_ids in prompts),
     )
-    try:
-        if ask.is_stream:
-            return await _stream(generation, renderer, serving, ask)
-        return await _whole(generation, renderer)
-    except InvalidRequest as error:
-        raise _in_wire_words(error, prompt_field) from None
-    finally:
-        if not generation.is_admitted:
-            account.reservation.cancel()
+    return Generation(
+        loaded.engine,
+        loaded.tokenizer,
+        requests,
+        Meter(serving.metrics, answered, http.state.arrived_s),
+        account.close,
+        on_left=lambda: aligners.release(renderer.id),
+        keeps_text=account.keeps_text,
+    )
 
 
-def _open_account(http: HttpRequest, ask: Ask, prompts: list[tuple[int, ...]], renderer: Renderer) -> Account:
+def _reserve(http: HttpRequest, ask: Ask, prompts: list[tuple[int, ...]]) -> Reservation:
     """Set aside what the request may need; raises what `Ledger.reserve` does."""
     serving, caller = serving_of(http), caller_of(http)
     loaded = serving.loaded
@@ -131,18 +180,7 @@ def _open_account(http: HttpRequest, ask: Ask, prompts: list[tuple[int, ...]], r
         loaded.engine.max_model_len,
     )
     with _refusals_counted(serving.metrics, caller):
-        reservation = caller.ledger.reserve(wanted)
-    return Account(
-        caller,
-        reservation,
-        serving.metrics,
-        serving.usage_log,
-        renderer.id,
-        ask.model,
-        _aligner_label(ask),
-        http.state.arrived_s,
-        lambda: tuple(loaded.tokenizer.decode(prompt_ids) for prompt_ids in prompts),
-    )
+        return caller.ledger.reserve(wanted)
 
 
 async def _stream(generation: Generation, renderer: Renderer, serving: Serving, ask: Ask) -> ChunkStream:
@@ -157,12 +195,28 @@ async def _whole(generation: Generation, renderer: Renderer) -> Response:
     return Response(renderer.answer(transcripts, count_usage(generation)), media_type="application/json")
 
 
-def _aligner_label(ask: Ask) -> str:
-    """A bounded label: an aligner's own name, or a word for none, or for several."""
-    terms = ask.alignment.terms
-    if ask.alignment.is_identity:
-        return IDENTITY
-    return terms[0].aligner if len(terms) == 1 else SEVERAL
+def _signed(response: Response, lease: Lease) -> Response:
+    """The response, with a header that says which versions answer."""
+    if lease.aligners:
+        response.headers[VERSIONS_HEADER] = ", ".join(
+            f"{lent.name}@{lent.version}" for lent in lease.aligners
+        )
+    return response
+
+
+def _labels(lease: Lease, alignment: AlignmentParams) -> tuple[str, str]:
+    """Bounded labels: an aligner's name and version, or a word for none or several and no version."""
+    if alignment.is_identity:
+        return IDENTITY, ""
+    if len(lease.aligners) > 1:
+        return SEVERAL, ""
+    return lease.aligners[0].name, lease.aligners[0].version
+
+
+def _sticky_key(caller: Caller, ask: Ask) -> str:
+    """Whoever keeps its versions while shares stay: a tenant's user, or else the tenant; "" is nobody."""
+    tenant = caller.tenant.name
+    return f"{tenant}\0{ask.user}" if ask.user else tenant
 
 
 def _in_wire_words(error: InvalidRequest, prompt_field: str) -> InvalidRequest:

@@ -25,7 +25,8 @@ class UsageLogError(RamError):
 class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one request used. `status` is what the client was told, whether as a status or inside a stream.
 
-    `prompts` and `answers` are there only for tenants whose log policy is "full".
+    `versions` are those that answered, as NAME@VERSION; none for the proposal. `prompts` and `answers` are
+    there only for tenants whose log policy is "full".
     """
 
     time: str
@@ -40,6 +41,7 @@ class UsageRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     finish_reason: str
     status: int
     seconds: float
+    versions: tuple[str, ...] = ()
     prompts: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
 

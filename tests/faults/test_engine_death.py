@@ -37,7 +37,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @pytest.fixture(scope="module")
 def server(pair: Pair) -> Iterator[LiveServer]:
     proposal, aligners = pair
-    sources = tuple(AlignerSource(name, str(path)) for name, path in aligners.items())
+    sources = tuple(AlignerSource(f"{name}@1", str(path)) for name, path in aligners.items())
     config = EngineConfig(str(proposal), sources, device="cpu", max_batch=NUM_STREAMS)
     with live(SupervisedEngine.start(config), load_tokenizer(str(proposal)), stall_s=2) as running:
         yield running

@@ -12,21 +12,30 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from ram_core.aligners.manifest import default_manifest
+from ram_core.engine.client import EngineClient
 from ram_core.engine.messages import (
+    AlignerNews,
+    EngineBegan,
     EngineStats,
     Event,
     FailedEvent,
     FinishReason,
+    LoadAligner,
     Request,
     StartedEvent,
     StepTelemetry,
     TokenEvent,
 )
 from ram_core.errors import EngineUnavailable, RamError
+from server.aligners.checking import Checker
+from server.aligners.known import KnownVersion, Origin, key_of
+from server.aligners.start import Inventory
 from server.app import create_app
 from server.connections import guarded
 from server.serving import Loaded
@@ -150,7 +159,7 @@ class ScriptedEngine:
     """An `EngineClient` whose every event the test has written."""
 
     def __init__(self, script: Script = greet) -> None:
-        self.aligners = ("polite", "org/terse")
+        self.aligners = ("polite@1", "org/terse@1")
         self.max_model_len = 256
         self.vocab_size = len(TOKENIZER)
         self.reset(script)
@@ -165,6 +174,16 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self.cancelled: queue.Queue[tuple[str, int]] = queue.Queue()
         self.left: queue.Queue[str] = queue.Queue()
+
+    def watch_aligners(self, listener: Callable[[AlignerNews], None]) -> None:
+        there = tuple((name, 1) for name in self.aligners)
+        listener(EngineBegan(there, (), memory_bytes=len(there), bytes_per_weight=4, device="cpu"))
+
+    def load_aligner(self, order: LoadAligner) -> None:
+        raise AssertionError("all that there is, is in memory")
+
+    def free_aligner(self, aligner: str) -> None:
+        raise AssertionError("all that there is, stays in memory")
 
     def submit(self, request: Request) -> ScriptedStream:
         if self.refusal is not None:
@@ -190,10 +209,21 @@ class LiveServer:
         self.engine = engine
 
 
+def loaded_of(engine: EngineClient, tokenizer: Any = TOKENIZER, inventory: Inventory | None = None) -> Loaded:
+    """An engine that began with aligners called NAME@VERSION; without an inventory, there are no others."""
+    if inventory is None:
+        keys = [key_of(model) for model in engine.aligners]
+        known = (KnownVersion(key, Path("/nowhere"), default_manifest(*key), Origin.SETTINGS) for key in keys)
+        inventory = Inventory(tuple(known), tuple(key.name for key in keys))
+    return Loaded(engine, tokenizer, Checker(tokenizer, len(tokenizer)), inventory)
+
+
 @contextlib.contextmanager
-def live(engine: Any, tokenizer: Any = TOKENIZER, **settings: Any) -> Iterator[LiveServer]:
+def live(
+    engine: Any, tokenizer: Any = TOKENIZER, inventory: Inventory | None = None, **settings: Any
+) -> Iterator[LiveServer]:
     """Serve an engine until the block is left; an `admin_port` must be 0."""
-    loaded = None if engine is None else Loaded(engine, tokenizer)
+    loaded = None if engine is None else loaded_of(engine, tokenizer, inventory)
     chosen = Settings(served_model_name="big", **settings)
     app = create_app(chosen, loaded)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(1 + ("admin_port" in settings))]

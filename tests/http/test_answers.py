@@ -130,13 +130,13 @@ def test_a_long_text_is_encoded_like_a_short_one(client, engine):
 def test_the_aligner_is_chosen_by_the_extension_or_the_model_name(client, engine):
     table = [
         ({"model": "big"}, ()),
-        ({"model": "polite"}, (AlignerTerm("polite"),)),
-        ({"model": "org/terse"}, (AlignerTerm("org/terse"),)),
-        ({"model": "big", "alignment": {"aligner": "polite"}}, (AlignerTerm("polite"),)),
-        ({"model": "polite", "alignment": {"aligner": "org/terse"}}, (AlignerTerm("org/terse"),)),
+        ({"model": "polite"}, (AlignerTerm("polite@1"),)),
+        ({"model": "org/terse"}, (AlignerTerm("org/terse@1"),)),
+        ({"model": "big", "alignment": {"aligner": "polite"}}, (AlignerTerm("polite@1"),)),
+        ({"model": "polite", "alignment": {"aligner": "org/terse"}}, (AlignerTerm("org/terse@1"),)),
         ({"model": "polite", "alignment": {"aligner": "identity"}}, ()),
         ({"model": "polite", "alignment": {"aligners": []}}, ()),
-        ({"model": "polite", "alignment": {"strength": 2}}, (AlignerTerm("polite", 2.0),)),
+        ({"model": "polite", "alignment": {"strength": 2}}, (AlignerTerm("polite@1", 2.0),)),
         ({"model": None}, ()),
         (
             {
@@ -145,7 +145,7 @@ def test_the_aligner_is_chosen_by_the_extension_or_the_model_name(client, engine
                     "strength": 2,
                 }
             },
-            (AlignerTerm("polite", 1.0), AlignerTerm("org/terse", 2.0)),
+            (AlignerTerm("polite@1", 1.0), AlignerTerm("org/terse@1", 2.0)),
         ),
     ]
     for fields, terms in table:

@@ -198,7 +198,7 @@ def test_chat_switches_aligners_and_shows_what_they_did(server, engine):
     assert "No such aligner: rude" in output
     assert "No such command: /nonsense" in output
     names = [[term.aligner for term in request.alignment.terms] for request in engine.requests]
-    assert names == [[], ["polite"], ["polite"]]
+    assert names == [[], ["polite@1"], ["polite@1"]]
     lengths = [len(request.prompt_ids) for request in engine.requests]
     assert lengths[1] > lengths[0]
 
@@ -225,7 +225,7 @@ def test_health_is_answered_while_the_model_is_loaded(pair, monkeypatch):
 
     is_asked, answers = threading.Event(), []
 
-    def load_slowly(config, mode):
+    def load_slowly(settings):
         is_asked.wait(PATIENCE_S)
         raise NonFiniteLogits("enough")
 

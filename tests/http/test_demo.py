@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def sdk():
-    loaded = load(Settings(demo=True, device="cpu", kv_memory=64 * 2**20).engine_config())
+    loaded = load(Settings(demo=True, device="cpu", kv_memory=64 * 2**20))
     with (
-        live(loaded.engine, loaded.tokenizer) as server,
+        live(loaded.engine, loaded.tokenizer, loaded.inventory) as server,
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
     ):
         yield client

@@ -123,7 +123,7 @@ def test_the_default_aligner_answers_where_no_model_is_named():
         body = chat()
         del body["model"]
         assert client.post(CHAT, json=body).json()["model"] == "polite"
-        assert [term.aligner for term in engine.last.alignment.terms] == ["polite"]
+        assert [term.aligner for term in engine.last.alignment.terms] == ["polite@1"]
         assert client.post(CHAT, json=chat(model="")).json()["model"] == "polite"
         assert client.post(CHAT, json=chat(model="big")).json()["model"] == "big"
         assert engine.last.alignment.is_identity

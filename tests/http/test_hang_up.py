@@ -69,7 +69,7 @@ def test_hanging_up_midway_stops_the_generation(server, engine, path, body, is_s
 def test_closing_a_stream_counts_as_an_abort(server, client, engine):
     gate = Gate()
     engine.script = lambda request: [*say(request, "dog", finish=None), gate]
-    name = 'ram_requests_finished_total{aligner="identity",reason="abort"}'
+    name = 'ram_requests_finished_total{aligner="identity",reason="abort",version=""}'
     before = metric(client, name)
     with client.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as answer:
         next(answer.iter_lines())

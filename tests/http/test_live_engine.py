@@ -28,7 +28,7 @@ def server(tmp_path_factory):
     proposal, aligners = save_pair(tmp_path_factory.mktemp("pair"))
     config = EngineConfig(
         proposal=str(proposal),
-        aligners=tuple(AlignerSource(name, str(path)) for name, path in aligners.items()),
+        aligners=tuple(AlignerSource(f"{name}@1", str(path)) for name, path in aligners.items()),
         device="cpu",
         kv_memory_bytes=4 * 2**20,
         max_batch=4,
@@ -101,7 +101,7 @@ def test_telemetry_is_real(client):
     body = chat(model="polite", max_tokens=4, ignore_eos=True, alignment={"telemetry": True, "strength": 2})
     answer = client.post(CHAT, json=body).json()
     summary = answer["alignment"]
-    assert summary["aligners"] == [{"name": "polite", "strength": 2.0}]
+    assert summary["aligners"] == [{"name": "polite", "version": "1", "strength": 2.0}]
     assert summary["tokens"] == 4 == len(answer["choices"][0]["alignment"])
     assert summary["mean_kl_p_q"] > 0
     assert 0 < summary["mean_ess"] <= 1

@@ -97,10 +97,15 @@ TELEMETRY = StepTelemetry(kl_p_q=0.5, kl_pi_p=0.25, ess=0.75, aligner_mass=0.9, 
 
 def test_every_label_is_there_before_its_first_use(client):
     samples = metrics_of(client)
-    for aligner in ("identity", "polite", "org/terse", "several"):
-        assert f'ram_aligned_tokens_total{{aligner="{aligner}"}}' in samples
-        assert f'ram_requests_finished_total{{aligner="{aligner}",reason="length"}}' in samples
-        assert f'ram_kl_p_q_nats_count{{aligner="{aligner}"}}' in samples
+    for labels in (
+        'aligner="identity"{},version=""',
+        'aligner="polite"{},version="1"',
+        'aligner="org/terse"{},version="1"',
+        'aligner="several"{},version=""',
+    ):
+        assert f"ram_aligned_tokens_total{{{labels.format('')}}}" in samples
+        assert "ram_requests_finished_total{" + labels.format(',reason="length"') + "}" in samples
+        assert f"ram_kl_p_q_nats_count{{{labels.format('')}}}" in samples
 
 
 def test_an_aligned_request_is_measured_once_under_both_names(client, engine):
@@ -114,7 +119,7 @@ def test_an_aligned_request_is_measured_once_under_both_names(client, engine):
     usage = client.post(CHAT, json=chat(model="polite")).json()["usage"]
     new = added(before, metrics_of(client))
     num_tokens = len(ids_of("the dog")) + 1
-    own = '{aligner="polite"}'
+    own = '{aligner="polite",version="1"}'
     assert new[f"ram_generation_tokens_total{own}"] == num_tokens == usage["completion_tokens"]
     assert new[f"ram_aligned_tokens_total{own}"] == num_tokens
     assert new[f"ram_fallbacks_total{own}"] == 1
@@ -122,12 +127,12 @@ def test_an_aligned_request_is_measured_once_under_both_names(client, engine):
     assert new[f"ram_kl_p_q_nats_sum{own}"] == 0.5 * (num_tokens - 1)
     assert new[f"ram_kl_pi_p_nats_sum{own}"] == 0.25 * num_tokens
     assert new[f"ram_ess_fraction_sum{own}"] == 0.75 * num_tokens
-    assert new['ram_ess_fraction_bucket{aligner="polite",le="0.8"}'] == num_tokens
-    assert 'ram_ess_fraction_bucket{aligner="polite",le="0.7"}' not in new
+    assert new['ram_ess_fraction_bucket{aligner="polite",le="0.8",version="1"}'] == num_tokens
+    assert 'ram_ess_fraction_bucket{aligner="polite",le="0.7",version="1"}' not in new
     assert new[f"ram_time_to_first_token_seconds_count{own}"] == 1
     assert new[f"ram_inter_token_latency_seconds_count{own}"] == num_tokens - 1
     assert new[f"ram_e2e_request_latency_seconds_count{own}"] == 1
-    assert new['ram_requests_finished_total{aligner="polite",reason="stop"}'] == 1
+    assert new['ram_requests_finished_total{aligner="polite",reason="stop",version="1"}'] == 1
     assert new['ram_http_requests_total{route="/v1/chat/completions",status="200"}'] == 1
     model = '{model_name="big"}'
     assert new[f"vllm:generation_tokens_total{model}"] == num_tokens
@@ -141,8 +146,8 @@ def test_the_queue_and_the_prompt_are_counted_when_the_request_starts(client):
     before = metrics_of(client)
     usage = client.post(CHAT, json=chat()).json()["usage"]
     new = added(before, metrics_of(client))
-    assert new['ram_prompt_tokens_total{aligner="identity"}'] == usage["prompt_tokens"]
-    assert new['ram_request_queue_time_seconds_sum{aligner="identity"}'] == 0.25
+    assert new['ram_prompt_tokens_total{aligner="identity",version=""}'] == usage["prompt_tokens"]
+    assert new['ram_request_queue_time_seconds_sum{aligner="identity",version=""}'] == 0.25
     assert new['vllm:prompt_tokens_total{model_name="big"}'] == usage["prompt_tokens"]
     assert new['vllm:request_queue_time_seconds_bucket{le="0.25",model_name="big"}'] == 1
 
@@ -152,7 +157,7 @@ def test_combined_aligners_share_a_label(client, engine):
     names = [{"name": "polite"}, {"name": "org/terse"}]
     client.post(CHAT, json=chat(alignment={"aligners": names}))
     new = added(before, metrics_of(client))
-    assert new['ram_requests_finished_total{aligner="several",reason="stop"}'] == 1
+    assert new['ram_requests_finished_total{aligner="several",reason="stop",version=""}'] == 1
 
 
 def test_a_failed_request_is_an_error_and_no_success(client, engine):
@@ -160,7 +165,7 @@ def test_a_failed_request_is_an_error_and_no_success(client, engine):
     before = metrics_of(client)
     client.post(CHAT, json=chat())
     new = added(before, metrics_of(client))
-    assert new['ram_requests_finished_total{aligner="identity",reason="error"}'] == 1
+    assert new['ram_requests_finished_total{aligner="identity",reason="error",version=""}'] == 1
     assert not [name for name in new if name.startswith("vllm:request_success_total")]
 
 
@@ -204,7 +209,7 @@ def test_resident_aligners_are_one_sample(client):
     ]
     labels, _, value = sample.rpartition(" ")
     assert labels == (
-        'vllm:lora_requests_info{max_lora="2",running_lora_adapters="polite,org/terse",waiting_lora_adapters=""}'
+        'vllm:lora_requests_info{max_lora="2",running_lora_adapters="org/terse,polite",waiting_lora_adapters=""}'
     )
     assert abs(float(value) - time.time()) < 3600
 

@@ -252,7 +252,7 @@ def test_telemetry_is_told_token_by_token_and_summed_up(client, engine):
         ids_of("dog")
     )
     assert last["alignment"] == {
-        "aligners": [{"name": "polite", "strength": 1.0}],
+        "aligners": [{"name": "polite", "version": "1", "strength": 1.0}],
         "resampling": "product",
         "tokens": len(ids_of("dog")) + 1,
         "fallbacks": 0,

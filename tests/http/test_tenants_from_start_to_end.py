@@ -23,10 +23,18 @@ from ram_core.errors import NonFiniteLogits
 from server.commands import serve as command
 from server.generation import Generation
 from server.metrics import Meter, Metrics
-from server.serving import Loaded
 from server.settings import Settings
 from server.tenants.editing import add_tenant, remove_tenant
-from tests.http.standin import PATIENCE_S, TOKENIZER, ScriptedEngine, chat, live, say, wait_until
+from tests.http.standin import (
+    PATIENCE_S,
+    TOKENIZER,
+    ScriptedEngine,
+    chat,
+    live,
+    loaded_of,
+    say,
+    wait_until,
+)
 from tests.http.test_cli import assert_one_line, ram
 
 CHAT = "/v1/chat/completions"
@@ -67,7 +75,7 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path, words):
 
 def _serve(banner: Path, settings: dict[str, Any]) -> None:
     """What a process of its own does: `ram serve`, around an engine that needs no weights."""
-    command.load = lambda *_: Loaded(ScriptedEngine(), TOKENIZER)
+    command.load = lambda *_: loaded_of(ScriptedEngine())
     with banner.open("w") as sys.stdout:
         command.run(Settings(proposal="/tmp", served_model_name="big", port=0, **settings))
 
@@ -144,7 +152,7 @@ def test_the_end_is_told_before_anybody_hears_of_it(is_failing):
         return [*texts, FailedEvent(request.request_id, 0, NonFiniteLogits("NaN."))]
 
     async def generate():
-        meter = Meter(Metrics("big"), "identity", 0.0)
+        meter = Meter(Metrics("big"), ("identity", ""), 0.0)
         requests = [Request("r", (1, 2))]
         on_end = lambda generation: told.append(generation.outcome)  # noqa: E731
         async with Generation(ScriptedEngine(script), TOKENIZER, requests, meter, on_end) as generation:

@@ -263,7 +263,7 @@ def test_the_engine_hears_whose_request_it_is(as_tenant, engine):
     body = {"messages": MESSAGES}
     assert as_tenant["acme"].post(CHAT, json=body).json()["model"] == "polite"
     assert (engine.last.tenant, engine.last.priority) == ("acme", -5)
-    assert [term.aligner for term in engine.last.alignment.terms] == ["polite"]
+    assert [term.aligner for term in engine.last.alignment.terms] == ["polite@1"]
     assert as_tenant["acme"].post(CHAT, json=chat()).status_code == 200
     assert engine.last.alignment.is_identity
     assert as_tenant["hooli"].post(CHAT, json=body).json()["model"] == "big"
@@ -423,6 +423,7 @@ def test_a_line_is_written_for_each_request(as_tenant, engine, usage, keys, is_s
         "request": answer_id,
         "model": "polite",
         "aligner": "polite",
+        "versions": ["polite@1"],
         "prompt_tokens": len(engine.last.prompt_ids),
         "cached_tokens": 2,
         "completion_tokens": 2 * (len(ids_of("Hello!")) + 1),

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
-from ram_core.errors import InvalidRequest, RamError
+from ram_core.aligners.states import AskedAligner
+from ram_core.errors import InvalidRequest, RamError, UnknownModel
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
+from server.aligners.lease import Lease
 from server.openai import errors
 from server.openai.body import validate
-from server.openai.convert import ModelNames, to_alignment, to_ask, to_sampling
+from server.openai.convert import ModelNames, aligned, to_alignment, to_ask, to_sampling
 from server.openai.errors import to_api_error
 from server.openai.fields import OPENAI_FIELDS, check_fields
 from server.openai.schema import ChatRequest, CompletionRequest
@@ -32,7 +34,7 @@ SAMPLING_WORDS: dict[str, tuple[dict[str, Any], Any]] = {
     "num_top_log_probs": ({"logprobs": True, "top_logprobs": 5}, 5),
 }
 ALIGNMENT_WORDS: dict[str, tuple[dict[str, Any], Any]] = {
-    "terms": ({"aligner": "polite", "strength": 2}, (AlignerTerm("polite", 2.0),)),
+    "terms": ({"aligner": "polite", "strength": 2}, (AlignerTerm("polite@1", 2.0),)),
     "resampling": ({"resampling": "nucleus"}, Resampling.NUCLEUS),
     "num_candidates": ({"candidates": 5}, 5),
     "proposal_temperature": ({"proposal_temperature": 0.5}, 0.5),
@@ -57,7 +59,9 @@ def test_every_sampling_parameter_can_be_reached_from_the_wire(field):
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(AlignmentParams)])
 def test_every_alignment_parameter_can_be_reached_from_the_wire(field):
     words, value = ALIGNMENT_WORDS[field]
-    assert getattr(to_alignment(chat(alignment=words), NAMES), field) == value
+    ask = to_ask(chat(alignment=words), NAMES)
+    lease = Lease(terms=tuple(AlignerTerm(f"{asked.name}@1", asked.strength) for asked in ask.aligners))
+    assert getattr(aligned(ask, lease), field) == value
     assert getattr(AlignmentParams(), field) != value
 
 
@@ -134,8 +138,32 @@ def test_strengths_multiply():
         "aligners": [{"name": "polite", "strength": 0.5}, {"name": "identity"}, {"name": "terse"}],
         "strength": -2,
     }
-    terms = to_alignment(chat(alignment=wire), NAMES).terms
-    assert terms == (AlignerTerm("polite", -1.0), AlignerTerm("terse", -2.0))
+    asked, _, _ = to_alignment(chat(alignment=wire), NAMES)
+    assert asked == (AskedAligner("polite", -1.0), AskedAligner("terse", None, -2.0))
+
+
+def test_a_model_may_be_named_with_its_proposal():
+    for model in ("polite", "big:polite"):
+        ask = to_ask(chat(model=model), NAMES)
+        assert (ask.model, ask.aligners) == (model, (AskedAligner("polite"),))
+    for model in ("big:big", "big:", "small:polite", "big:rude"):
+        with pytest.raises(UnknownModel):
+            to_ask(chat(model=model), NAMES)
+
+
+def test_what_a_request_says_is_not_overruled_by_defaults():
+    lease = Lease(terms=(AlignerTerm("polite@1"),), resampling=Resampling.NUCLEUS, kl_threshold=0.5)
+    silent = aligned(to_ask(chat(model="polite"), NAMES), lease)
+    assert (silent.resampling, silent.kl_threshold) == (Resampling.NUCLEUS, 0.5)
+    words = {"resampling": "candidates", "kl_threshold": 2.0}
+    loud = aligned(to_ask(chat(model="polite", alignment=words), NAMES), lease)
+    assert (loud.resampling, loud.kl_threshold, loud.terms) == (Resampling.CANDIDATES, 2.0, lease.terms)
+
+
+def test_who_sticks_to_a_version_is_the_user():
+    assert to_ask(chat(), NAMES).user == ""
+    assert to_ask(chat(user="u"), NAMES).user == "u"
+    assert to_ask(chat(user="u", safety_identifier="s"), NAMES).user == "s"
 
 
 def test_one_aligner_twice_is_refused():

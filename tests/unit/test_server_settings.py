@@ -98,8 +98,9 @@ def test_a_broken_or_misspelt_file_is_refused():
 
 
 def test_engine_knobs_have_the_engines_defaults(tmp_path):
-    config = load_settings(proposal=str(tmp_path), aligners=["a=/x"]).engine_config()
-    assert config == EngineConfig(proposal=str(tmp_path), aligners=(AlignerSource("a", "/x"),))
+    aligners = (AlignerSource("a@1", "/x"),)
+    config = load_settings(proposal=str(tmp_path)).engine_config(aligners)
+    assert config == EngineConfig(proposal=str(tmp_path), aligners=aligners)
 
 
 def test_every_engine_knob_can_be_set(tmp_path):
@@ -121,6 +122,7 @@ def test_every_engine_knob_can_be_set(tmp_path):
         "compile": True,
         "aligner_bank": False,
         "aligner_slots": 9,
+        "aligner_memory": "3MB",
         "quantization": "int8",
         "tensor_parallel": 2,
         "trust_remote_code": True,
@@ -135,16 +137,16 @@ def test_every_engine_knob_can_be_set(tmp_path):
     assert same == ["aligners"]
 
 
-def test_a_directory_of_aligners_is_read_and_names_given_explicitly_win(tmp_path):
-    for name in ("terse", "polite"):
-        (tmp_path / "all" / name).mkdir(parents=True)
-        (tmp_path / "all" / name / "config.json").write_text("{}")
-    (tmp_path / "all" / "notes").mkdir()
-    settings = load_settings(proposal="org/big", aligners_dir=tmp_path / "all", aligners=["terse=/other"])
-    assert [(aligner.name, aligner.source) for aligner in settings.engine_config().aligners] == [
-        ("polite", str(tmp_path / "all" / "polite")),
-        ("terse", "/other"),
-    ]
+def test_names_to_preload_are_read_from_everywhere(monkeypatch):
+    assert load_settings(preload=["a", "b,c"]).preload == ("a", "b", "c")
+    monkeypatch.setenv("RAM_PRELOAD", "all")
+    assert load_settings().preload == ("all",)
+    Path("ram.toml").write_text('preload = ["a"]\naligner_wait_s = 5\nmax_aligner_loads = 2\n')
+    monkeypatch.delenv("RAM_PRELOAD")
+    settings = load_settings()
+    assert (settings.preload, settings.aligner_wait_s, settings.max_aligner_loads) == (("a",), 5.0, 2)
+    with pytest.raises(SettingsError, match=r"`preload\.0`"):
+        load_settings(preload=[5])
 
 
 def test_the_proposals_name(tmp_path):
@@ -159,14 +161,19 @@ def test_the_proposals_name(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ({"aligners": ["big=/x"], "served_model_name": "big"}, "proposal's name"),
-        ({"aligners": ["a=/x"], "default_aligner": "b"}, "the aligners are: a"),
+        ({"served_model_name": "a"}, "proposal's name"),
+        ({"default_aligner": "b"}, "the aligners are: a"),
         ({"aligners_dir": Path("/nowhere")}, "not a directory"),
     ],
 )
 def test_names_that_cannot_work_are_refused(flags, reason):
     with pytest.raises(SettingsError, match=reason):
-        load_settings(proposal="org/big", **flags).engine_config()
+        _check(load_settings(proposal="org/big", **flags))
+
+
+def _check(settings):
+    settings.check_aligner_names(("a",))
+    settings.engine_config()
 
 
 def test_the_demo_is_served_where_nothing_else_is_named(tmp_path, monkeypatch):
@@ -177,7 +184,6 @@ def test_the_demo_is_served_where_nothing_else_is_named(tmp_path, monkeypatch):
         path.mkdir(parents=True)
         (path / "config.json").write_text("{}")
     for settings in (load_settings(), load_settings(demo=True)):
-        config = settings.engine_config()
-        assert config.proposal == str(tmp_path / "proposal")
-        assert [aligner.name for aligner in config.aligners] == ["polite"]
-    assert not load_settings(proposal=str(tmp_path)).engine_config().aligners
+        assert settings.engine_config().proposal == str(tmp_path / "proposal")
+        assert settings.aligner_sources() == {"polite": str(tmp_path / "aligners" / "polite")}
+    assert not load_settings(proposal=str(tmp_path)).aligner_sources()

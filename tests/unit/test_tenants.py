@@ -384,8 +384,9 @@ def chat(**fields):
 
 def test_a_tenant_sees_what_fits_its_patterns():
     names = names_for(Tenant(name="acme", aligners=["acme-*"], models=[]), NAMES)
-    assert names == ModelNames("big", ("acme-a", "acme-b"), "", has_proposal=False)
-    assert names_for(Tenant(name="b"), NAMES) == NAMES
+    assert (names.aligners, names.default_aligner, names.has_proposal) == (("acme-a", "acme-b"), "", False)
+    own = names_for(Tenant(name="b"), NAMES)
+    assert (own.aligners, own.default_aligner, own.has_proposal) == (NAMES.aligners, "polite", True)
 
 
 @pytest.mark.parametrize(
@@ -400,8 +401,8 @@ def test_a_tenant_sees_what_fits_its_patterns():
 )
 def test_the_tenants_default_comes_after_the_requests_words(fields, aligner):
     names = names_for(Tenant(name="acme", default_aligner="acme-b"), NAMES)
-    terms = to_ask(chat(**fields), names).alignment.terms
-    assert [term.aligner for term in terms] == ([aligner] if aligner else [])
+    asked = to_ask(chat(**fields), names).aligners
+    assert [each.name for each in asked] == ([aligner] if aligner else [])
 
 
 def test_the_tenants_default_comes_before_the_servers():
