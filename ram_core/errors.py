@@ -15,6 +15,10 @@ class InvalidRequest(RamError):
         self.param = param
 
 
+class Conflict(InvalidRequest):
+    """What is asked for could be done, but not as things are now."""
+
+
 class ContextLengthExceeded(InvalidRequest):
     """The prompt leaves no room for an answer within the model's context."""
 

@@ -16,7 +16,7 @@ from ram_core import __version__
 from ram_core.errors import RamError
 from server.middleware import AnswerMiddleware, KeyMiddleware
 from server.openai.errors import HUNG_UP, ApiError, of_router, to_api_error
-from server.routes import chat, completions, health, metrics, models, version
+from server.routes import aligners, chat, completions, health, lora, metrics, models, version
 from server.serving import Loaded, Serving
 from server.settings import Settings
 from server.streaming import HungUpError
@@ -37,8 +37,10 @@ def create_app(settings: Settings, loaded: Loaded | None = None) -> FastAPI:
 
     app = FastAPI(title="RAM", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.state.serving = serving
-    for module in (chat, completions, models, health, metrics, version):
+    for module in (chat, completions, models, health, metrics, version, aligners):
         app.include_router(module.router)
+    if settings.vllm_lora_api:
+        app.include_router(lora.router)
     app.add_middleware(
         KeyMiddleware, tenants=serving.tenants, doors=serving.doors, metrics_access=settings.metrics_access
     )
@@ -68,4 +70,9 @@ async def _answer_router_error(request: Request, error: Exception) -> Response:
 
 
 async def _answer_invalid_url(request: Request, error: Exception) -> Response:
-    return await _answer_error(request, ApiError(400, str(error), code="invalid_value"))
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:])
+    wanted = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    message = f"`{param}`: {wanted}, got {str(first['input'])[:40]!r}."
+    return await _answer_error(request, ApiError(400, message, code="invalid_value", param=param))

@@ -10,7 +10,7 @@ from ram_core.aligners.manifest import Term, require_terms
 from ram_core.aligners.names import SELF, require_name, require_version
 from ram_core.aligners.shares import choose
 from ram_core.aligners.states import AskedAligner, Resolution, ResolvedTerm, State, Version, VersionKey
-from ram_core.errors import InvalidRequest, UnknownModel
+from ram_core.errors import Conflict, InvalidRequest, UnknownModel
 from ram_core.params import MAX_STRENGTH
 
 MAX_EARLIER = 8
@@ -111,7 +111,7 @@ class Catalogue:
             if version.is_virtual:
                 version.state = State.RESIDENT
         elif version.terms != terms:
-            raise InvalidRequest(f"`{key}` is in memory with other terms; unload it, or add another version.")
+            raise Conflict(f"`{key}` is in memory with other terms; unload it, or add another version.")
         version.source, version.strength, version.is_withdrawn = source, strength, False
         if not entry.shares:
             entry.shares = {key.version: 1.0}

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from ram_core.aligners.files import Snapshot, content_version, hash_files, list_files, take_snapshot
 from ram_core.aligners.manifest import Manifest, default_manifest, read_manifest
-from ram_core.aligners.names import MANIFEST_FILE, is_passed_over, require_name, require_version
+from ram_core.aligners.names import CONFIG_FILES, MANIFEST_FILE, is_passed_over, require_name, require_version
 from ram_core.errors import CheckpointError
 from ram_core.models.weight_files import INDEX_FILE, read_checkpoint_headers, read_header
 
 DEFAULT_SETTLE_S = 2.0
 
-_MARKS = (MANIFEST_FILE, "config.json", "adapter_config.json")
+_MARKS = (MANIFEST_FILE, *CONFIG_FILES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 MANIFEST_FILE = "aligner.json"
+CONFIG_FILES = ("config.json", "adapter_config.json")
+"""One of them makes a directory a model, or a LoRA adapter."""
 SELF = "self"
 """In a list of terms, the model in the aligner's own directory."""
 

@@ -27,7 +27,7 @@ from ram_core.aligners.states import (
     VersionKey,
     VersionStatus,
 )
-from ram_core.errors import InvalidRequest, QueueFull, UnknownModel
+from ram_core.errors import Conflict, QueueFull, UnknownModel
 
 _RETRY_AFTER_S = 1.0
 
@@ -142,13 +142,13 @@ class AlignerRegistry:
         """Take the last promotion back: the one that still waits, or else the one that was made last.
 
         Raises:
-            UnknownModel, InvalidRequest: no such aligner, or nothing to take back.
+            UnknownModel, Conflict: no such aligner, or nothing to take back.
         """
         entry = self._catalogue.entry(name)
         if taken_back := self._demands.drop_move(name, f"The promotion of `{name}` was taken back."):
             return taken_back + self._demands.settle()
         if not entry.earlier:
-            raise InvalidRequest(f"`{name}` has no promotion that could be taken back.")
+            raise Conflict(f"`{name}` has no promotion that could be taken back.")
         return self._move(entry, entry.earlier[-1], is_step_back=True)
 
     # What requests ask for.

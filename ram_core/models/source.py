@@ -32,6 +32,17 @@ def resolve_source(source: str, *, with_weights: bool) -> Path:
     return _download(source, with_weights=with_weights)
 
 
+def fetch_from_hub(hub_id: str) -> Path:
+    """The hub's copy of `org/name`, whatever lies in the working directory.
+
+    Raises:
+        CheckpointError: that is no hub id, or the hub does not give it.
+    """
+    if not _HUB_ID.fullmatch(hub_id):
+        raise CheckpointError(f"`{hub_id[:200]}` is no id of the hub's, such as org/name")
+    return _download(hub_id, with_weights=True)
+
+
 def one_line(error: BaseException, max_chars: int = 240) -> str:
     """What a foreign error says, in its first sentence or so; its kind if it says nothing."""
     text = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__

@@ -7,12 +7,12 @@ from enum import StrEnum
 from pathlib import Path
 
 from ram_core.aligners.directory import FoundVersion
-from ram_core.aligners.files import content_version, hash_files, list_files
+from ram_core.aligners.files import content_version, hash_files, list_files, resolve_below
 from ram_core.aligners.manifest import Manifest, default_manifest, read_manifest
-from ram_core.aligners.names import SELF
+from ram_core.aligners.names import CONFIG_FILES, MANIFEST_FILE, SELF
 from ram_core.aligners.states import VersionKey
 from ram_core.errors import CheckpointError
-from ram_core.models.source import resolve_source
+from ram_core.models.source import fetch_from_hub, resolve_source
 
 _HUB_SNAPSHOTS = "snapshots"
 _HUB_DIGITS = 12
@@ -79,24 +79,41 @@ def below(name: str, path: str, root: Path) -> KnownVersion:
     """The version at a path below the aligners' directory, for an administrator.
 
     Raises:
-        CheckpointError: the path leads elsewhere, or there is nothing that could be an aligner.
+        CheckpointError: the path is not the plain way to a directory there, a link in it leads elsewhere, or
+            what is there cannot be an aligner.
     """
-    directory = root / path
-    if not directory.resolve().is_relative_to(root.resolve()):
-        raise CheckpointError(f"`{path[:200]}` is not below the directory of aligners")
-    if not directory.is_dir():
+    try:
+        directory = resolve_below(root, path)
+        is_there = directory.is_dir() and directory.resolve().is_relative_to(root.resolve())
+    except (CheckpointError, OSError):
+        is_there = False
+    if not is_there:
+        # The same words for what is not there and what must not be looked at.
         raise CheckpointError(f"`{path[:200]}`: no such directory below that of the aligners")
     return read_known(name, directory, root, Origin.ADMIN)
 
 
+def from_hub(name: str, hub_id: str) -> KnownVersion:
+    """The version that the hub gives now, for an administrator; raises `CheckpointError` if it gives none."""
+    directory = fetch_from_hub(hub_id)
+    return read_known(name, directory, directory.parent.parent, Origin.ADMIN)
+
+
 def read_known(name: str, directory: Path, root: Path | None, origin: Origin) -> KnownVersion:
-    """Read the manifest, or make what holds without one; raises `CheckpointError` if that cannot be."""
+    """Read the manifest, or make what holds without one.
+
+    Raises:
+        CheckpointError: that cannot be, or there are files that no aligner may bring.
+    """
+    files = list_files(directory, root)
     manifest = read_manifest(directory)
     if manifest is None:
+        if files.keys().isdisjoint(CONFIG_FILES):
+            raise CheckpointError(f"`{directory}` has no {', '.join(CONFIG_FILES)} or {MANIFEST_FILE}")
         if _is_hub_snapshot(directory):
             version = directory.name[:_HUB_DIGITS]
         else:
-            version = content_version(hash_files(list_files(directory, root)))
+            version = content_version(hash_files(files))
         manifest = default_manifest(name, version)
     return KnownVersion(VersionKey(name, manifest.version), directory, manifest, origin, root)
 

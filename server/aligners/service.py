@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ram_core.aligners.directory import AlignersDirectory, Changes
 from ram_core.aligners.manifest import Manifest
@@ -16,6 +17,7 @@ from ram_core.engine.client import EngineClient
 from ram_core.errors import (
     AlignerUnavailable,
     CheckpointError,
+    Conflict,
     EngineUnavailable,
     InvalidRequest,
     UnknownModel,
@@ -23,7 +25,7 @@ from ram_core.errors import (
 from ram_core.params import MAX_STRENGTH, AlignerTerm, Resampling, require_range
 from server.aligners.checking import Checker
 from server.aligners.executor import Executor, Watcher
-from server.aligners.known import KnownVersion, Origin, below, from_directory, model_name
+from server.aligners.known import KnownVersion, Origin, below, from_directory, from_hub, model_name
 from server.aligners.lease import NOTHING, Defaults, Lease, LentAligner
 from server.aligners.start import Inventory
 from server.metrics import AlignerFigures
@@ -214,15 +216,30 @@ class AlignerService:
 
         Raises:
             InvalidRequest: no directory of aligners, a path that leads elsewhere, or nothing to be served.
+            Conflict: there is such a version already, from another place, or in memory with other terms.
         """
-        if self._directory is None:
-            raise InvalidRequest(
-                "There is no directory of aligners: begin with `--aligners-dir`.", param="path"
-            )
+        if self.root is None:
+            message = "There is no directory of aligners: begin with `--aligners-dir`."
+            raise InvalidRequest(message, param="path")
+        return await self._add_by_hand(below, name, path, self.root, param="path")
+
+    async def add_from_hub(self, name: str, hub_id: str) -> VersionKey:
+        """Make the version known that the hub has now, and that is downloaded; raises what `add` does."""
+        return await self._add_by_hand(from_hub, name, hub_id, param="hub_id")
+
+    @property
+    def root(self) -> Path | None:
+        """The directory of aligners, if there is one."""
+        return None if self._directory is None else self._directory.root
+
+    async def _add_by_hand(self, look: Callable[..., KnownVersion], *args: object, param: str) -> VersionKey:
         try:
-            known = await asyncio.to_thread(below, name, path, self._directory.root)
+            known = await asyncio.to_thread(look, *args)
         except CheckpointError as error:
-            raise InvalidRequest(f"{error}.", param="path") from None
+            raise InvalidRequest(f"{error}.", param=param) from None
+        before = self._versions.get(known.key)
+        if before is not None and before.directory.resolve() != known.directory.resolve():
+            raise Conflict(f"There is a `{known.key}` already, from {before.directory}.")
         self._add(known)
         return known.key
 
@@ -254,7 +271,7 @@ class AlignerService:
         """Take the last promotion back, or the one that still waits.
 
         Raises:
-            InvalidRequest: there is none.
+            Conflict: there is none.
         """
         self._executor.do(self.registry.rollback(name))
 

@@ -1,4 +1,7 @@
-"""`ram aligner`: look at an aligner's directory, verify it, and write its manifest."""
+"""`ram aligner`: look at an aligner's directory, verify it, and write its manifest.
+
+What concerns a running server's aligners is in `server.commands.aligner_remote`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ram_core.errors import RamError
+from server.commands.aligner_remote import remote_app
 from server.commands.failing import fail
+from server.commands.tables import AsJson, add_row, make_console, new_table
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
     from ram_core.aligners.files import OnProgress
@@ -22,12 +26,14 @@ if TYPE_CHECKING:
     from ram_core.aligners.report import VerificationReport
     from ram_core.aligners.summary import AlignerSummary
 
-aligner_app = typer.Typer(help="Aligners on disk: look, verify, pack.", no_args_is_help=True)
+aligner_app = typer.Typer(
+    help="Aligners: look, verify and pack on disk; list, load and promote in a running server.",
+    no_args_is_help=True,
+)
+aligner_app.add_typer(remote_app)
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The aligner's directory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-_MIN_COLUMNS = 100
 _MARKS = {"passed": "✓", "failed": "✗", "skipped": "–"}
 
 
@@ -126,7 +132,7 @@ def pack(
     if is_json:
         typer.echo(manifest_bytes(manifest).decode(), nl=False)
     else:
-        _console().print(_manifest_table(manifest))
+        make_console().print(_manifest_table(manifest))
 
 
 def _terms(items: list[str] | None) -> tuple[Term, ...] | None:
@@ -166,31 +172,6 @@ def _progress(is_json: bool) -> Iterator[OnProgress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(soft_wrap=True, highlight=False)
-    console.width = max(console.width, _MIN_COLUMNS)
-    return console
-
-
-def _new_table(*headings: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD, show_header=any(headings))
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
-
-
-def _add_row(table: Table, *cells: str) -> None:
-    """A row whose words come from files: none of them is markup."""
-    from rich.text import Text
-
-    table.add_row(*(Text(cell) for cell in cells))
-
-
 def _manifest_table(manifest: Manifest) -> Table:
     gate = "none" if manifest.kl_threshold is None else f"{manifest.kl_threshold:g} nats"
     rows = {
@@ -205,35 +186,35 @@ def _manifest_table(manifest: Manifest) -> Table:
         "files": f"{len(manifest.files)} with SHA-256" if manifest.files else "not listed",
         **{f"provenance: {key}": value for key, value in sorted(manifest.provenance.items())},
     }
-    table = _new_table("", "")
+    table = new_table("", "")
     for name, value in rows.items():
-        _add_row(table, name, value)
+        add_row(table, name, value)
     return table
 
 
 def _print_summary(summary: AlignerSummary) -> None:
-    console = _console()
+    console = make_console()
     if not summary.has_manifest:
         console.print("No aligner.json: these defaults hold. `ram aligner pack` writes one.")
     console.print(_manifest_table(summary.manifest))
-    models = _new_table("model", "architecture", "parameters", "stored as", "base")
+    models = new_table("model", "architecture", "parameters", "stored as", "base")
     for part in summary.parts:
         stored = " ".join(sorted(part.dtypes)) or "–"
-        _add_row(models, part.part, part.architecture, f"{part.num_parameters:,}", stored, part.base or "–")
-    files = _new_table("file", "bytes")
+        add_row(models, part.part, part.architecture, f"{part.num_parameters:,}", stored, part.base or "–")
+    files = new_table("file", "bytes")
     for path, num_bytes in summary.files.items():
-        _add_row(files, path, f"{num_bytes:,}")
-    _add_row(files, "together", f"{summary.num_bytes:,}")
+        add_row(files, path, f"{num_bytes:,}")
+    add_row(files, "together", f"{summary.num_bytes:,}")
     if summary.parts:
         console.print(models)
     console.print(files)
 
 
 def _print_report(report: VerificationReport) -> None:
-    console = _console()
-    table = _new_table("", "check", "outcome", "seconds")
+    console = make_console()
+    table = new_table("", "check", "outcome", "seconds")
     for check in report.checks:
-        _add_row(table, _MARKS[check.outcome], check.name, check.detail, f"{check.seconds:.3f}")
+        add_row(table, _MARKS[check.outcome], check.name, check.detail, f"{check.seconds:.3f}")
     console.print(table)
     verdict = "✓ sound" if report.is_sound else "✗ not sound"
     console.print(f"{verdict}, in {report.seconds:.2f} s", style="bold")

@@ -23,10 +23,12 @@ MAX_KEYS = 50_000
 Wire = TypeVar("Wire", bound=BaseModel)
 
 
-async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
-    """The request's body, an object; raises `ApiError` for anything else."""
+async def read_json(request: Request, *, max_bytes: int, may_be_empty: bool = False) -> dict[str, Any]:
+    """The request's body, an object; raises `ApiError` for anything else. No body may be an empty object."""
     _check_content_type(request.headers.get("content-type", ""))
     raw = await _read(request, max_bytes)
+    if may_be_empty and not raw:
+        return {}
     if len(raw) > _MAX_INLINE_BYTES:
         return await asyncio.to_thread(parse_object, raw)
     return parse_object(raw)
@@ -140,8 +142,11 @@ def _to_api_error(error: ValidationError, data: dict[str, Any]) -> ApiError:
         )
     code = "invalid_type" if kind.endswith("_type") else "invalid_value"
     wanted = details["msg"].removeprefix("Value error, ")
-    message = f"`{_name(path)}`: {wanted[:1].lower()}{wanted[1:]}, got {_shown(details['input'])}."
-    return ApiError(400, message, code=code, param=_name(path) or None)
+    wanted = f"{wanted[:1].lower()}{wanted[1:]}"
+    if not path:
+        return ApiError(400, f"The body: {wanted}.", code=code)
+    message = f"`{_name(path)}`: {wanted}, got {_shown(details['input'])}."
+    return ApiError(400, message, code=code, param=_name(path))
 
 
 def _reach(path: tuple[int | str, ...], details: ErrorDetails) -> tuple[int, bool, int]:

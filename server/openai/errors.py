@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ram_core.errors import (
     AlignerUnavailable,
+    Conflict,
     ContextLengthExceeded,
     EngineOutOfMemory,
     EngineUnavailable,
@@ -85,6 +86,7 @@ _NO_RETRY = {"x-should-retry": "false"}
 _TABLE: dict[type[RamError], _Row] = {
     ContextLengthExceeded: _Row(400, "invalid_request_error", "context_length_exceeded"),
     UnsupportedParameter: _Row(400, "invalid_request_error", "unsupported_parameter"),
+    Conflict: _Row(409, "invalid_request_error", "conflict", _NO_RETRY),
     InvalidRequest: _Row(400, "invalid_request_error", "invalid_value"),
     UnknownModel: _Row(404, "invalid_request_error", "model_not_found"),
     QueueFull: _Row(429, "requests", "rate_limit_exceeded"),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -34,7 +35,7 @@ VERSIONS_HEADER = "x-ram-aligners"
 """Which versions answer, as NAME@VERSION, of those that the request named."""
 
 
-def describe_body(kind: type[GenerationRequest]) -> dict[str, Any]:
+def describe_body(kind: type[BaseModel], *, is_required: bool = True) -> dict[str, Any]:
     """The request's schema for /openapi.json, which cannot see it: routes read the body themselves."""
     schema = kind.model_json_schema()
     definitions = schema.pop("$defs", {})
@@ -48,7 +49,8 @@ def describe_body(kind: type[GenerationRequest]) -> dict[str, Any]:
             return inlined(definitions[part["$ref"].removeprefix("#/$defs/")])
         return {name: inlined(value) for name, value in part.items()}
 
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": inlined(schema)}}}}
+    content = {"application/json": {"schema": inlined(schema)}}
+    return {"requestBody": {"required": is_required, "content": content}}
 
 
 def serving_of(request: HttpRequest) -> Serving:

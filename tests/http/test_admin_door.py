@@ -7,6 +7,7 @@ import socket
 import httpx
 import pytest
 
+from server.tenants.access import Need
 from tests.http.standin import PATIENCE_S, ScriptedEngine, chat, live
 from tests.http.test_cli import assert_one_line, ram
 from tests.http.test_tenants_from_start_to_end import serving
@@ -84,6 +85,19 @@ def test_no_way_of_writing_a_path_leads_to_the_admin_without_its_key(locked, tar
 def test_a_tenant_is_told_that_it_is_not_the_admin(locked, path):
     answer = httpx.get(f"{locked.url}{path}", headers=bearer(TENANT_KEY))
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "insufficient_permissions")
+
+
+def test_behind_the_door_is_a_second_lock(locked, monkeypatch):
+    """If a path were taken for another one's at the door, the route itself would not open."""
+    monkeypatch.setattr("server.middleware.need_of", lambda path: Need.TENANT)
+    for method, path in (
+        ("GET", ALIGNERS),
+        ("DELETE", f"{ALIGNERS}/polite"),
+        ("POST", f"{ALIGNERS}/polite/load"),
+        ("POST", "/v1/load_lora_adapter"),
+    ):
+        answer = httpx.request(method, f"{locked.url}{path}", headers=bearer(TENANT_KEY))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "insufficient_permissions")
 
 
 def test_two_keys_are_none(locked):

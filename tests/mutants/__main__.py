@@ -22,6 +22,7 @@ import pytest
 
 from tests.http.mutants import SERVER_MUTANTS
 from tests.mutants import Mutant
+from tests.mutants.admin import ADMIN_MUTANTS
 from tests.mutants.aligners import ALIGNER_MUTANTS
 from tests.mutants.bank import BANK_MUTANTS
 from tests.mutants.bench import BENCH_MUTANTS
@@ -41,6 +42,7 @@ MUTANTS = [
     *START_MUTANTS,
     *BENCH_MUTANTS,
     *TENANT_MUTANTS,
+    *ADMIN_MUTANTS,
     *ALIGNER_MUTANTS,
     *(Mutant(*fields) for fields in SERVER_MUTANTS),
 ]
