@@ -2,7 +2,8 @@
 
 The card's own speed comes first, then decoding against what reading both models takes, against the proposal
 alone and against the authors' way, the first token, many aligners at once, aligners that are swapped, how
-long the device waits for the host, and whether compiled layers pay. What the time does not allow for is left out, and said to be.
+long the device waits for the host, and whether compiled layers pay. What the time does not allow for is left
+out, and said to be.
 
     python -m benchmarks.cuda                # 8B + 1B shapes, bfloat16; writes results/bars-cuda.json
     python -m benchmarks.cuda --quick        # tiny shapes on this CPU: does it run at all?
