@@ -11,44 +11,32 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ram_core.engine.config import AlignerSource, EngineConfig
-from ram_core.engine.thread import EngineThread
 from ram_core.errors import ContextLengthExceeded
-from ram_core.models.vocabulary import load_tokenizer
 from server.text import encode_chat, encode_prompts
 from tests.faults.bad_requests import BY_HAND, CHAT, CROSSED, TEXT, Bad
 from tests.faults.judge import fault_of
 from tests.faults.lengths import full_or_short
-from tests.http.standin import PATIENCE_S, TOKENIZER, LiveServer, chat, count_metrics, live, wait_until
-from tests.models import save_pair
+from tests.http.standin import PATIENCE_S, TOKENIZER, LiveServer, chat, count_metrics, wait_until
 
 JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
-    proposal, aligners = save_pair(tmp_path_factory.mktemp("pair"))
-    sources = tuple(AlignerSource(name, str(path)) for name, path in aligners.items())
-    config = EngineConfig(
-        str(proposal), sources, device="cpu", kv_memory_bytes=4 * 2**20, max_batch=4, max_queue=12
-    )
-    with live(EngineThread.start(config), load_tokenizer(str(proposal))) as running:
-        yield running
-        answer = httpx.post(f"{running.url}{CHAT}", json=chat(model="polite", max_tokens=2))
-        assert answer.status_code == 200, "it answers as before"
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http:
+def client(small_server: LiveServer) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=small_server.url, timeout=PATIENCE_S) as http:
         yield http
+        assert http.post(CHAT, json=chat(model="polite", max_tokens=2)).status_code == 200
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left(server: LiveServer, client: httpx.Client) -> Iterator[None]:
+def _nothing_is_left(small_server: LiveServer, client: httpx.Client) -> Iterator[None]:
     """After each test the engine is idle."""
     yield
-    wait_until(lambda: not server.engine._streams.num_open and not server.engine._engine.stats.num_pages_used)
+    wait_until(
+        lambda: (
+            not small_server.engine._streams.num_open and not small_server.engine._engine.stats.num_pages_used
+        )
+    )
     assert client.get("/health/ready").status_code == 200
 
 
