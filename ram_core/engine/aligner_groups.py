@@ -144,6 +144,10 @@ class AlignerGroup:
         """Whether all that was staged has arrived, so that `add` makes no step wait."""
         return self._stack.is_settled(slot)
 
+    def wait_settled(self, slot: int) -> None:
+        """Return when all that was staged has arrived; not for the thread that makes the steps."""
+        self._stack.wait_settled(slot)
+
     def add(self, name: str, slot: int) -> None:
         """Let new sequences ask for an aligner, whose weights are in a staged slot.
 

@@ -33,8 +33,8 @@ from ram_core.engine.messages import (
 from ram_core.engine.newcomers import Newcomers
 from ram_core.engine.pages import PageBook, chain_root, pages_for
 from ram_core.engine.plan import tell_plan
-from ram_core.engine.room import free_text, memory_for_aligners
-from ram_core.engine.runner import Draw, LaunchedStep, Runner, is_out_of_memory, step_kinds
+from ram_core.engine.room import free_text, is_out_of_memory, memory_for_aligners
+from ram_core.engine.runner import Draw, LaunchedStep, Runner, step_kinds
 from ram_core.engine.scheduler import ScheduledRow, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
 from ram_core.engine.turnover import Turnover

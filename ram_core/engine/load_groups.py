@@ -59,7 +59,7 @@ def load_groups(
     families = _together(full, lambda name: architecture(configs[name]) if config.aligner_bank else name)
     for names in families:
         num_slots = max(len(names), config.aligner_slots)
-        stack = _load_stacked(names, load, num_slots) if config.aligner_bank and num_slots > 1 else None
+        stack = load_stacked(names, load, num_slots) if config.aligner_bank and num_slots > 1 else None
         if stack is None:
             kind = architecture(configs[names[0]])
             groups += [AlignerGroup(f"aligners-{name}", load(name), [name], kind=kind) for name in names]
@@ -98,7 +98,7 @@ def architecture(config: PretrainedConfig) -> str:
     return json.dumps([type(config).__qualname__, said], sort_keys=True, default=str)
 
 
-def _load_stacked(names: Sequence[str], load: Load, num_slots: int) -> StackedModel | None:
+def load_stacked(names: Sequence[str], load: Load, num_slots: int) -> StackedModel | None:
     """Models in one module; None if they cannot share one, or say something else there than alone."""
     first = load(names[0])
     weights, alone = plain_weights(first.model), [probe_alone(first)]

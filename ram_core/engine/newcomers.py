@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,19 +11,29 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
-from ram_core.engine.load_groups import architecture, stack_loras
+from ram_core.engine.load_groups import architecture, load_stacked, stack_loras
 from ram_core.engine.messages import LoadAligner
 from ram_core.engine.plan import size_text
+from ram_core.engine.room import expected_bytes, is_out_of_memory
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.conformance import check_conformance
-from ram_core.models.kv import KvGeometry, KvPool
+from ram_core.models.kv import KvPool
 from ram_core.models.loading import context_limit, load_config, load_model, unsupported_reason
 from ram_core.models.lora import LoraConfig, LoraLayer, is_adapter, load_lora, read_lora_config
 from ram_core.models.lora_stack import LoraStack, linear_shapes
 from ram_core.models.paged import PagedModel
+from ram_core.models.source import resolve_source
 from ram_core.models.stacked import StackedModel, plain_weights
-from ram_core.models.vocabulary import check_same_vocabulary, load_tokenizer, shared_vocabulary_size
+from ram_core.models.stored import StoredWeights, Weight
+from ram_core.models.vocabulary import (
+    check_same_vocabulary,
+    is_same_tokenizer,
+    load_tokenizer,
+    shared_vocabulary_size,
+)
+
+_PROGRESS_STEP = 0.05
 
 _numbers = itertools.count()
 
@@ -40,6 +50,23 @@ class Terms:
     dtype: torch.dtype
     attention: str
     vocab_size: int
+
+    def check(self, name: str, config: PretrainedConfig, tokenizer_source: str) -> None:
+        """Refuse a model that cannot follow the proposal, or not as far as requests go.
+
+        Raises:
+            CheckpointError: it reads less tokens, or others.
+        """
+        limit = context_limit(config)
+        if limit < self.max_model_len:
+            raise CheckpointError(
+                f"`{name}` reads at most {limit} tokens, but requests may have {self.max_model_len}"
+            )
+        trusts = self.config.trust_remote_code
+        if not is_same_tokenizer(self.config.proposal, tokenizer_source):
+            own = load_tokenizer(tokenizer_source, trust_remote_code=trusts)
+            check_same_vocabulary(self.tokenizer, own, aligner_name=name)
+        shared_vocabulary_size(self.tokenizer, self.num_rows, {name: config.get_text_config().vocab_size})
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,69 +113,93 @@ class Newcomers:
         left = order.max_bytes
         try:
             for index, (name, source) in enumerate(order.parts):
-                found.append(self._load_one(name, source, left, found))
+                share = _Share(progress, index, len(order.parts))
+                found.append(self._load_one(name, source, left, found, share))
                 left -= found[-1].num_bytes
-                progress((index + 1) / len(order.parts))
-        except BaseException:
-            for newcomer in found:
-                newcomer.group.abandon(newcomer.slot)
+        except BaseException as error:
+            turn_away(found)
+            if is_out_of_memory(error):
+                raise CheckpointError(f"`{self._terms.device}` has not enough memory free") from None
             raise
         return found
 
-    def _load_one(self, name: str, source: str, max_bytes: int, others: list[Newcomer]) -> Newcomer:
+    def _load_one(
+        self, name: str, source: str, max_bytes: int, others: list[Newcomer], share: _Share
+    ) -> Newcomer:
         adapter = read_lora_config(source) if is_adapter(source) else None
         base = source if adapter is None else adapter.base
         config = load_supported_config(name, base, self._terms.config)
-        self._check_terms(name, config, source if adapter is None else adapter.tokenizer_source)
-        if adapter is None:
-            return self._load_model(name, source, config, max_bytes, others)
-        return self._load_adapter(name, adapter, max_bytes, others)
+        self._terms.check(name, config, source if adapter is None else adapter.tokenizer_source)
+        if adapter is not None:
+            newcomer = self._adapter_in_slot(name, adapter, max_bytes)
+            return newcomer or self._own_lora_group(name, adapter, max_bytes, others)
+        newcomer = self._model_in_slot(name, source, config, max_bytes, share)
+        return newcomer or self._own_group(name, source, config, max_bytes, others)
 
-    def _check_terms(self, name: str, config: PretrainedConfig, tokenizer_source: str) -> None:
-        terms = self._terms
-        limit = context_limit(config)
-        if limit < terms.max_model_len:
-            raise CheckpointError(
-                f"`{name}` reads at most {limit} tokens, requests have {terms.max_model_len}"
-            )
-        own = load_tokenizer(tokenizer_source, trust_remote_code=terms.config.trust_remote_code)
-        check_same_vocabulary(terms.tokenizer, own, aligner_name=name)
-        rows = {name: config.get_text_config().vocab_size}
-        shared_vocabulary_size(terms.tokenizer, terms.num_rows, rows)
+    def _model_in_slot(
+        self, name: str, source: str, config: PretrainedConfig, max_bytes: int, share: _Share
+    ) -> Newcomer | None:
+        """A model beside others of its architecture, if there is a free slot: read straight into it."""
+        kind = architecture(config)
+        directory = resolve_source(source, with_weights=True)
+        for group in self._groups():
+            served = group.served
+            if not isinstance(served, StackedModel) or group.kind != kind or not group.free_slots:
+                continue
+            check_size(name, served.slot_bytes, max_bytes)
+            with StoredWeights(directory, share.read) as stored:
+                share.total = stored.num_bytes
+                weights: Mapping[str, Weight] | None = served.weights_in(stored)
+                if weights is None:
+                    weights = plain_weights(self._load_alone(name, source).model)
+                slot = group.stage(weights)
+            if slot is not None:
+                group.wait_settled(slot)
+                return Newcomer(name, group, slot, served.slot_bytes)
+        return None
 
-    def _load_model(
+    def _own_group(
         self, name: str, source: str, config: PretrainedConfig, max_bytes: int, others: list[Newcomer]
     ) -> Newcomer:
-        kind = architecture(config)
-        paged = self._load_alone(name, source)
-        for group in self._groups():
-            if group.kind == kind and isinstance(group.served, StackedModel):
-                check_size(name, group.served.slot_bytes, max_bytes)
-                slot = group.stage(plain_weights(paged.model))
-                if slot is not None:
-                    return Newcomer(name, group, slot, group.served.slot_bytes)
-        check_size(name, paged.weight_bytes, max_bytes)
-        group = AlignerGroup(_unique(name), paged, [name], kind=kind)
-        return self._in_pool(Newcomer(name, group, 0, paged.weight_bytes), others)
+        """A model that shares no module, but with those that come later if slots were asked for."""
+        own = self._terms.config
+        check_size(name, expected_bytes(config, self._terms.dtype, own), max_bytes)
+        num_slots = own.aligner_slots if own.aligner_bank else 1
+        served: PagedModel | StackedModel | None = None
+        if num_slots > 1:
+            served = load_stacked([name], lambda _: self._load_alone(name, source), num_slots)
+        served = served or self._load_alone(name, source)
+        num_bytes = served.slot_bytes if isinstance(served, StackedModel) else served.weight_bytes
+        group = AlignerGroup(_unique(name), served, [name], kind=architecture(config))
+        return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
 
-    def _load_adapter(
+    def _adapter_in_slot(self, name: str, adapter: LoraConfig, max_bytes: int) -> Newcomer | None:
+        """An adapter beside others of its base, if they left room for all that it changes."""
+        for group in self._groups():
+            if not isinstance(group.served, LoraStack) or group.kind != adapter.base:
+                continue
+            layers = load_lora(adapter, linear_shapes(group.model.model))
+            num_bytes = lora_bytes(layers, self._terms.dtype)
+            check_size(name, num_bytes, max_bytes)
+            slot = group.stage(layers) if group.served.has_room_for(layers) else None
+            if slot is not None:
+                group.wait_settled(slot)
+                return Newcomer(name, group, slot, num_bytes)
+        return None
+
+    def _own_lora_group(
         self, name: str, adapter: LoraConfig, max_bytes: int, others: list[Newcomer]
     ) -> Newcomer:
-        for group in self._groups():
-            if group.kind == adapter.base and isinstance(group.served, LoraStack):
-                layers = load_lora(adapter, linear_shapes(group.model.model))
-                try:
-                    slot = group.stage(layers)
-                except CheckpointError:
-                    continue
-                if slot is not None:
-                    return Newcomer(name, group, slot, sum_bytes(layers, self._terms.dtype))
+        """An adapter with a base of its own, which those that come later may share if they fit."""
+        own = self._terms.config
+        config = load_supported_config(name, adapter.base, own)
+        check_size(name, expected_bytes(config, self._terms.dtype, own), max_bytes)
         base = self._load_alone(name, adapter.base)
         layers = load_lora(adapter, linear_shapes(base.model))
-        check_size(name, base.weight_bytes + sum_bytes(layers, self._terms.dtype), max_bytes)
-        stack = stack_loras(base, {name: layers}, max(1, self._terms.config.aligner_slots))
+        num_bytes = base.weight_bytes + lora_bytes(layers, self._terms.dtype)
+        check_size(name, num_bytes, max_bytes)
+        stack = stack_loras(base, {name: layers}, max(1, own.aligner_slots))
         group = AlignerGroup(_unique(name), stack, [name], kind=adapter.base)
-        num_bytes = base.weight_bytes + sum_bytes(layers, self._terms.dtype)
         return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
 
     def _load_alone(self, name: str, source: str) -> PagedModel:
@@ -166,15 +217,41 @@ class Newcomers:
 
     def _in_pool(self, newcomer: Newcomer, others: list[Newcomer]) -> Newcomer:
         """With a pool if the bank has none of its geometry, nor anybody of `others`."""
-        geometry: KvGeometry = newcomer.group.model.geometry
-        pools = [*self._pools(), *(each.pool for each in others if each.pool is not None)]
-        if any(pool.geometry == geometry for pool in pools[1:]):
+        geometry = newcomer.group.model.geometry
+        proposal, *known = self._pools()
+        known += [each.pool for each in others if each.pool is not None]
+        if any(pool.geometry == geometry for pool in known):
             return newcomer
-        pool = KvPool(geometry, pools[0].num_pages, pools[0].page_size, self._terms.device)
+        pool = KvPool(geometry, proposal.num_pages, proposal.page_size, self._terms.device)
         return replace(newcomer, pool=pool)
 
 
-def sum_bytes(layers: Mapping[str, LoraLayer], dtype: torch.dtype) -> int:
+class _Share:
+    """How much of a load is done when so much of one of its parts was read."""
+
+    def __init__(self, progress: Callable[[float], None], index: int, num_parts: int) -> None:
+        self.total = 0
+        self._progress = progress
+        self._index, self._num_parts = index, num_parts
+        self._num_read = 0
+        self._told = 0.0
+
+    def read(self, num_bytes: int) -> None:
+        """Tell of it, in steps of some size."""
+        self._num_read += num_bytes
+        done = min(self._num_read / self.total, 1.0) if self.total else 0.0
+        if done - self._told >= _PROGRESS_STEP:
+            self._told = done
+            self._progress((self._index + done) / self._num_parts)
+
+
+def turn_away(newcomers: Iterable[Newcomer]) -> None:
+    """Let go of models that will get no name."""
+    for newcomer in newcomers:
+        newcomer.group.abandon(newcomer.slot)
+
+
+def lora_bytes(layers: Mapping[str, LoraLayer], dtype: torch.dtype) -> int:
     """What an adapter's weights take in `dtype`."""
     return sum(layer.a.numel() + layer.b.numel() for layer in layers.values()) * int(dtype.itemsize)
 

@@ -53,6 +53,13 @@ def _free_host_bytes() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether something failed for want of memory; on CPU torch has no error of its own for that."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 def free_text(device: torch.device) -> str:
     """The same for people."""
     free = free_bytes(device)
@@ -82,6 +89,11 @@ def expected_needs(
             if num_bytes < main_bytes
         },
     )
+
+
+def expected_bytes(model_config: PretrainedConfig, dtype: torch.dtype, config: EngineConfig) -> int:
+    """What an aligner's model takes, by its config; reads no weights."""
+    return _without_weights("aligner", model_config, dtype, config).weight_bytes
 
 
 def needs_of(models: Mapping[str, PagedModel], geometries: Iterable[KvGeometry]) -> Needs:

@@ -155,13 +155,6 @@ def step_kinds(bank: ModelBank) -> list[list[Served]]:
     return [[proposal], *[[proposal, served] for served in aligned]]
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether a forward failed for want of memory; on CPU torch has no error of its own for that."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
 def _as_table(draws: Draws) -> Tensor:
     """A step's results as one tensor for one copy, a line a row; float64 holds token ids exactly."""
     telemetry = draws.telemetry

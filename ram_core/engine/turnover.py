@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ram_core.engine.aligner_groups import AlignerGroup
@@ -18,7 +18,7 @@ from ram_core.engine.messages import (
     FreeAligner,
     LoadAligner,
 )
-from ram_core.engine.newcomers import Newcomer
+from ram_core.engine.newcomers import turn_away
 from ram_core.engine.pages import PageBook
 from ram_core.engine.scheduler import Scheduler
 from ram_core.errors import AlignerUnavailable
@@ -99,13 +99,13 @@ class Turnover:
         aligner = arrived.order.aligner
         if aligner in self._abandoned:
             self._abandoned.discard(aligner)
-            _turn_away(arrived.newcomers)
+            turn_away(arrived.newcomers)
             self._outcomes.append(AlignerFreed(aligner))
             return
         try:
             new_pools = self._bank.add(aligner, arrived.newcomers)
         except ValueError as error:
-            _turn_away(arrived.newcomers)
+            turn_away(arrived.newcomers)
             self._outcomes.append(AlignerFailed(aligner, str(error)))
             return
         self._scheduler.books |= {name: self._new_book(pool.num_pages) for name, pool in new_pools.items()}
@@ -114,8 +114,3 @@ class Turnover:
     def _tell_loaded(self, aligner: str) -> None:
         num_bytes = self._bank.bytes_of[aligner]
         self._outcomes.append(AlignerLoaded(aligner, num_bytes, str(self._bank.proposal.device)))
-
-
-def _turn_away(newcomers: Iterable[Newcomer]) -> None:
-    for newcomer in newcomers:
-        newcomer.group.abandon(newcomer.slot)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ram_core.errors import CheckpointError
 from ram_core.models.source import one_line, resolve_source
+from ram_core.models.stored import StoredWeights
 from ram_core.models.weight_files import FLOAT_DTYPES, TensorHeader, read_header
 
 MAX_RANK = 64
@@ -150,10 +150,15 @@ def load_lora(config: LoraConfig, shapes: Mapping[str, tuple[int, int]]) -> dict
     """An adapter's layers by the names of the base's linear layers, whose [out, in] shapes are given.
 
     Raises:
-        CheckpointError: missing or broken weights, or some that fit no linear layer of the base.
+        CheckpointError: missing or broken weights, some that fit no linear layer of the base, or that are
+            no finite numbers.
     """
     modules = check_lora(config, shapes)
-    weights = load_file(resolve_source(config.source, with_weights=True) / WEIGHTS_FILE)
+    try:
+        with StoredWeights(resolve_source(config.source, with_weights=True) / WEIGHTS_FILE) as stored:
+            weights = {name: each.read(each.dtype) for name, each in stored.tensors.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"LoRA adapter `{config.source}`: {error}") from None
     return {
         module: LoraLayer(
             weights[f"{_PREFIX}{module}.lora_A.weight"],

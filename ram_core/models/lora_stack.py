@@ -45,6 +45,12 @@ class LoraStack(ModelStack):
             replace_module(model, name, twins[name])
         super().__init__(paged, num_slots, twins, slot_bytes=slot_bytes)
 
+    def has_room_for(self, layers: Mapping[str, LoraLayer]) -> bool:
+        """Whether `stage` could take an adapter."""
+        return layers.keys() <= self._twins.keys() and all(
+            layer.rank <= self._max_rank for layer in layers.values()
+        )
+
     def stage(self, slot: int, layers: Mapping[str, LoraLayer]) -> None:
         """Begin to put an adapter into a slot that nothing uses.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,12 +13,13 @@ from ram_core.models.grouped_linear import ForwardGroups, RowGroups, forward_gro
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch
 from ram_core.models.paged import PagedModel
+from ram_core.models.stored import StoredTensor, Weight
 
 
 class Twin(Protocol):
     """What stands in a stack for a layer of the model."""
 
-    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+    def stage(self, slot: int, weights: Mapping[str, Any]) -> None:
         """Put a slot's weights where the layer will read them; on a device, by the current stream."""
 
     def clear(self, slot: int) -> None:
@@ -58,6 +59,11 @@ class ModelStack:
         if slot in self._staged:
             torch.cuda.current_stream(self.paged.device).wait_event(self._staged.pop(slot)[0])
 
+    def wait_settled(self, slot: int) -> None:
+        """Return once all copies into a slot are done; for other threads than that of the steps."""
+        if slot in self._staged:
+            self._staged[slot][0].synchronize()
+
     def is_settled(self, slot: int) -> bool:
         """Whether all copies into a slot are done, so that nobody would wait for them."""
         return slot not in self._staged or bool(self._staged[slot][0].query())  # type: ignore[no-untyped-call]
@@ -68,7 +74,7 @@ class ModelStack:
             twin.clear(slot)
 
     @torch.no_grad()
-    def _copy(self, slot: int, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _copy(self, slot: int, weights: Mapping[str, Mapping[str, Weight]]) -> None:
         """Fill a slot; `weights` are by twin."""
         if self._stream is None:
             self._stage_twins(slot, weights)
@@ -83,18 +89,21 @@ class ModelStack:
         # The source must outlive the copies.
         self._staged[slot] = (done, source)
 
-    def _stage_twins(self, slot: int, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _stage_twins(self, slot: int, weights: Mapping[str, Mapping[str, Weight]]) -> None:
         for name, twin in self._twins.items():
             twin.stage(slot, weights.get(name, {}))
 
 
-def _pinned(weight: Tensor) -> Tensor:
+def _pinned(weight: Weight) -> Weight:
+    if isinstance(weight, StoredTensor):
+        # It passes through pinned memory on its way.
+        return weight
     return weight if weight.is_cuda or weight.is_pinned() else weight.pin_memory()
 
 
-def by_module(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def by_module(weights: Mapping[str, Weight]) -> dict[str, dict[str, Weight]]:
     """Weights by the name of their module, and then by their own."""
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, Weight]] = {}
     for name, weight in weights.items():
         module, _, own = name.rpartition(".")
         found.setdefault(module, {})[own] = weight

@@ -20,6 +20,7 @@ from ram_core.models.grouped_linear import RowGroups, current_groups, grouped_li
 from ram_core.models.model_stack import ModelStack, Twin, by_module, head_of, replace_module
 from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.paged import PagedModel
+from ram_core.models.stored import StoredTensor, StoredWeights, Weight, put
 
 Linear = nn.Linear | PackedLinear
 
@@ -38,14 +39,31 @@ class StackedModel(ModelStack):
         if reason := unstackable_reason(paged.model):
             raise CheckpointError(f"`{paged.name}` shares no module with others: {reason}")
         self._shapes = {name: weight.shape for name, weight in plain_weights(paged.model).items()}
+        self._tied = {
+            name: source
+            for name, source in getattr(paged.model, "all_tied_weights_keys", {}).items()
+            if name in self._shapes and source in self._shapes
+        }
         twins = _replace_leaves(paged.model, num_slots, _trailing_axes(paged))
         super().__init__(paged, num_slots, twins, slot_bytes=paged.weight_bytes)
 
-    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+    def weights_in(self, stored: StoredWeights) -> dict[str, StoredTensor] | None:
+        """What `stage` takes, if a checkpoint's weights have the names and shapes of this architecture's.
+
+        None if not: then transformers knows which they are, perhaps, as it renames, splits and joins weights.
+        """
+        found = stored.tensors
+        own = self._shapes.keys() - self._tied.keys()
+        if stored.odd or found.keys() != own or any(found[name].shape != self._shapes[name] for name in own):
+            return None
+        return {name: found[self._tied.get(name, name)] for name in self._shapes}
+
+    def stage(self, slot: int, weights: Mapping[str, Weight]) -> None:
         """Begin to put a model's weights, as `plain_weights` names them, into a slot that nothing uses.
 
         Raises:
-            CheckpointError: a weight is missing, unknown, or of another shape.
+            CheckpointError: a weight is missing, unknown, of another shape, or no finite number; or two are
+                not the same that are one here.
         """
         odd = sorted(self._shapes.keys() ^ weights.keys())
         odd += [
@@ -53,7 +71,16 @@ class StackedModel(ModelStack):
         ]
         if odd:
             raise CheckpointError(f"weights of another architecture than `{self.paged.name}`'s: `{odd[0]}`")
+        for name, source in self._tied.items():
+            if not _is_same(weights[name], weights[source]):
+                raise CheckpointError(f"`{name}` and `{source}` are one weight in `{self.paged.name}`")
         self._copy(slot, by_module(weights))
+
+
+def _is_same(one: Weight, other: Weight) -> bool:
+    if isinstance(one, StoredTensor) or isinstance(other, StoredTensor):
+        return one is other
+    return one.data_ptr() == other.data_ptr() or torch.equal(one, other)
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -157,6 +184,7 @@ class SlotLinear(nn.Module):
         self._is_head, self._tied = is_head, tied
         self._is_packed = isinstance(layer, PackedLinear)
         self._keeps_plain = isinstance(layer, PackedLinear) and layer.keeps_plain
+        self._dtype = torch.float32 if isinstance(layer, PackedLinear) else layer.weight.dtype
         self._layers: list[nn.Module | None] = [None] * num_slots
 
     @property
@@ -165,12 +193,15 @@ class SlotLinear(nn.Module):
         weight: Tensor = next(layer for layer in self._layers if layer is not None).weight  # type: ignore[assignment]
         return weight
 
-    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+    def stage(self, slot: int, weights: Mapping[str, Weight]) -> None:
         """Lay a slot's weights out."""
         layer = nn.Linear(1, 1, bias="bias" in weights, device="meta")
         layer.in_features, layer.out_features = self.in_features, self.out_features
         for name, weight in weights.items():
-            own = self._tied[slot] if name == "weight" and self._tied is not None else weight.clone()
+            if name == "weight" and self._tied is not None:
+                own = self._tied[slot]
+            else:
+                own = weight.read(self._dtype) if isinstance(weight, StoredTensor) else weight.clone()
             setattr(layer, name, nn.Parameter(own, requires_grad=False))
         self._layers[slot] = PackedLinear(layer, keeps_plain=self._keeps_plain) if self._is_packed else layer
 
@@ -212,12 +243,12 @@ class StackedLinear(nn.Module):
         self.weight = _stack(layer.weight, num_slots) if tied is None else tied
         self.bias = None if layer.bias is None else _stack(layer.bias, num_slots)
 
-    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+    def stage(self, slot: int, weights: Mapping[str, Weight]) -> None:
         """Copy a slot's weights; tied ones are the embedding's to copy."""
         if not self._is_tied:
-            self.weight[slot].copy_(weights["weight"], non_blocking=True)
+            put(self.weight[slot], weights["weight"])
         if self.bias is not None:
-            self.bias[slot].copy_(weights["bias"], non_blocking=True)
+            put(self.bias[slot], weights["bias"])
 
     def clear(self, slot: int) -> None:
         """The memory stays: it is the next one's."""
@@ -252,10 +283,10 @@ class _Leaf:
         module.__dict__["middle"] = (1,) * (trailing_axes - 1)
         module.__class__ = _stacked_class(type(module), tuple(self.stacks))  # type: ignore[arg-type]
 
-    def stage(self, slot: int, weights: Mapping[str, Tensor]) -> None:
+    def stage(self, slot: int, weights: Mapping[str, Weight]) -> None:
         """Copy a slot's weights."""
         for name, stack in self.stacks.items():
-            stack[slot].copy_(weights[name], non_blocking=True)
+            put(stack[slot], weights[name])
 
     def clear(self, slot: int) -> None:
         """The memory stays: it is the next one's."""

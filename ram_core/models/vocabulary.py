@@ -6,6 +6,7 @@ text in the same way. Never imports torch.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "tekken.json",
 )
+_OTHER_FILES = {"aligner.json", "config.json", "generation_config.json"}
 # Sections of tokenizer.json that decide how text is cut, by what we call them.
 _SECTIONS = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer"}
 # For tokenizers without a tokenizer.json: they must cut this alike.
@@ -52,6 +54,21 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
     except Exception as error:  # Whatever a broken file makes of the libraries below.
         reason = _broken_json(directory) or one_line(error)
         raise CheckpointError(f"`{source}`: cannot read its tokenizer: {reason}") from None
+
+
+def is_same_tokenizer(one: str, other: str) -> bool:
+    """Whether two sources have the same tokenizer files, byte by byte: then nothing needs to be compared."""
+    places = [resolve_source(source, with_weights=False) for source in (one, other)]
+    names = [{path.name for path in place.iterdir() if _describes_tokens(path.name)} for place in places]
+    if names[0] != names[1] or not names[0] & set(_TOKENIZER_FILES):
+        return False
+    return all(filecmp.cmp(places[0] / name, places[1] / name, shallow=False) for name in names[0])
+
+
+def _describes_tokens(file_name: str) -> bool:
+    """Whether a tokenizer may be made of a file: not of weights, configs of models, and words for people."""
+    is_other = file_name in _OTHER_FILES or file_name.startswith(("model", "adapter", "."))
+    return file_name.endswith((".json", ".model", ".txt", ".tiktoken", ".py")) and not is_other
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ram_core.errors import CheckpointError
 
@@ -27,10 +29,14 @@ _PREFIX_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """What a file says of one tensor; `dtype` is in safetensors' own names ("BF16")."""
+    """What a file says of one tensor; `dtype` is in safetensors' own names ("BF16").
+
+    Its numbers begin at byte `start` of the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
 
 
 def read_checkpoint_headers(directory: Path) -> dict[str, TensorHeader]:
@@ -40,14 +46,14 @@ def read_checkpoint_headers(directory: Path) -> dict[str, TensorHeader]:
         CheckpointError: no safetensors, a missing shard, or a file that is cut off or corrupt.
     """
     headers: dict[str, TensorHeader] = {}
-    for path in _weight_files(directory):
+    for path in weight_files(directory):
         headers |= read_header(path)
     return headers
 
 
 def checkpoint_bytes(directory: Path) -> int:
     """Bytes of all tensors of a checkpoint, as they are stored."""
-    return sum(path.stat().st_size - _header_bytes(path) for path in _weight_files(directory))
+    return sum(path.stat().st_size - _header_bytes(path) for path in weight_files(directory))
 
 
 def _header_bytes(path: Path) -> int:
@@ -61,37 +67,49 @@ def read_header(path: Path) -> dict[str, TensorHeader]:
     Raises:
         CheckpointError: the file is cut off, too long, or no safetensors file.
     """
-    num_bytes = path.stat().st_size
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(_PREFIX_BYTES), "little")
-        if not 2 <= header_bytes <= num_bytes - _PREFIX_BYTES:
-            raise CheckpointError(f"{path.name} is cut off, or is no safetensors file")
-        header = file.read(header_bytes)
+        return read_header_of(file, path.name)
+
+
+def read_header_of(file: BinaryIO | FileIO, file_name: str) -> dict[str, TensorHeader]:
+    """As `read_header`, of a file that is open, and stays so."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    header_bytes = int.from_bytes(file.read(_PREFIX_BYTES), "little")
+    if not 2 <= header_bytes <= num_bytes - _PREFIX_BYTES:
+        raise CheckpointError(f"{file_name} is cut off, or is no safetensors file")
+    header = file.read(header_bytes)
     try:
         entries = json.loads(header)
         entries.pop("__metadata__", None)
-        tensors = {name: _tensor(entry) for name, entry in entries.items()}
+        tensors = {name: _tensor(entry, _PREFIX_BYTES + header_bytes) for name, entry in entries.items()}
         ends = [entry["data_offsets"][1] for entry in entries.values()]
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path.name} is corrupt: its header cannot be read") from None
+        raise CheckpointError(f"{file_name} is corrupt: its header cannot be read") from None
     promised = _PREFIX_BYTES + header_bytes + max(ends, default=0)
     if num_bytes != promised:
         kind = "cut off" if num_bytes < promised else "too long"
-        raise CheckpointError(f"{path.name} is {kind}: it has {num_bytes} bytes and should have {promised}")
+        raise CheckpointError(f"{file_name} is {kind}: it has {num_bytes} bytes and should have {promised}")
     return tensors
 
 
-def _tensor(entry: dict[str, Any]) -> TensorHeader:
+def _tensor(entry: dict[str, Any], data_start: int) -> TensorHeader:
     """Raises ValueError, or what Python makes of a wrong type, if the entry contradicts itself."""
-    tensor = TensorHeader(str(entry["dtype"]), tuple(int(size) for size in entry["shape"]))
     start, end = entry["data_offsets"]
-    if tensor.dtype in _DTYPE_BYTES and end - start != math.prod(tensor.shape) * _DTYPE_BYTES[tensor.dtype]:
+    shape = tuple(int(size) for size in entry["shape"])
+    tensor = TensorHeader(str(entry["dtype"]), shape, data_start + start)
+    if start < 0 or min(shape, default=0) < 0:
+        raise ValueError("a tensor begins before its file, or has a negative size")
+    if tensor.dtype in _DTYPE_BYTES and end - start != math.prod(shape) * _DTYPE_BYTES[tensor.dtype]:
         raise ValueError("a tensor's bytes are not those of its shape")
     return tensor
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """The shards, in the order of their names."""
+def weight_files(directory: Path) -> list[Path]:
+    """The shards of a checkpoint, in the order of their names.
+
+    Raises:
+        CheckpointError: no safetensors, or a missing shard.
+    """
     if (directory / SINGLE_FILE).is_file():
         return [directory / SINGLE_FILE]
     if not (directory / INDEX_FILE).is_file():
