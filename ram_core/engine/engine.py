@@ -10,11 +10,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
 from ram_core.engine.aligner_loads import AlignerLoads
-from ram_core.engine.bank import PROPOSAL, ModelBank, Progress, load_bank
+from ram_core.engine.bank import PROPOSAL, ModelBank
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.graphs import CudaRecorder, EagerRecorder, Recorder, graph_shapes
 from ram_core.engine.layout import Shapes, buckets
 from ram_core.engine.limits import EngineLimits
+from ram_core.engine.load_bank import Progress, load_bank
 from ram_core.engine.memory import keep_freed_memory
 from ram_core.engine.messages import (
     AlignerOutcome,
@@ -78,8 +79,6 @@ class Engine:
         self._max_in_flight = int(is_overlapping)
         self._in_flight: deque[list[LaunchedStep]] = deque()
         self._counts: Counter[str] = Counter()
-        held = sum(num_bytes for group in bank.groups for num_bytes in group.weight_bytes.values())
-        self._aligner_bytes = memory_for_aligners(config, bank.proposal.device, held)
         newcomers = Newcomers(
             bank.terms, lambda: list(bank.group_by_name.values()), lambda: list(bank.pools.values())
         )
@@ -153,12 +152,14 @@ class Engine:
     @property
     def began(self) -> EngineBegan:
         """What is told of aligners when the engine takes orders."""
+        device = self.bank.proposal.device
+        held = sum(num_bytes for group in self.bank.groups for num_bytes in group.weight_bytes.values())
         return EngineBegan(
             aligners=tuple(self.bank.bytes_of.items()),
             failed=tuple(self.bank.failed.items()),
-            memory_bytes=self._aligner_bytes,
+            memory_bytes=memory_for_aligners(self.config, device, held),
             bytes_per_weight=self.bank.terms.dtype.itemsize,
-            device=str(self.bank.proposal.device),
+            device=str(device),
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 
 from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
+from ram_core.engine.roll import Roll
 from ram_core.errors import CheckpointError
 from ram_core.models.backends import least_page_size
 from ram_core.models.kv import KvPool
@@ -37,6 +38,7 @@ _CHUNKS = (((0, 5), (0, 3)), ((5, 6), (3, 5)), ((6, 7), (5, 8)))
 
 def load_groups(
     config: EngineConfig,
+    roll: Roll,
     configs: Mapping[str, PretrainedConfig],
     adapters: Mapping[str, LoraConfig],
     load: Load,
@@ -45,35 +47,58 @@ def load_groups(
     """Load aligners, those together that can share a module.
 
     Args:
-        config: which aligners, and whether and for how many to make shared modules.
+        config: whether and for how many to make shared modules.
+        roll: which aligners; some may drop out.
         configs: of each aligner's model, or its base.
         adapters: of those aligners that are LoRA adapters.
         load: gives the model of an aligner, or its base.
         progress: told what is done.
 
     Raises:
-        CheckpointError: one cannot be served.
+        CheckpointError: one that is required cannot be served.
     """
     groups: list[AlignerGroup] = []
-    full = [aligner.name for aligner in config.aligners if aligner.name not in adapters]
-    families = _together(full, lambda name: architecture(configs[name]) if config.aligner_bank else name)
-    for names in families:
-        num_slots = max(len(names), config.aligner_slots)
-        stack = load_stacked(names, load, num_slots) if config.aligner_bank and num_slots > 1 else None
+    names = [source.name for source in roll.sources]
+    full = [name for name in names if name not in adapters]
+    for family in _together(full, lambda name: architecture(configs[name]) if config.aligner_bank else name):
+        num_slots = max(len(family), config.aligner_slots)
+        kind = architecture(configs[family[0]])
+        stack: StackedModel | None = None
+        loaded: list[str] = []
+        if config.aligner_bank and num_slots > 1:
+            stack, loaded = load_stacked(family, _loaded(family, load, roll), num_slots)
         if stack is None:
-            kind = architecture(configs[names[0]])
-            groups += [AlignerGroup(f"aligners-{name}", load(name), [name], kind=kind) for name in names]
+            for name, model in _loaded(family, load, roll):
+                groups.append(AlignerGroup(f"aligners-{name}", model, [name], kind=kind))
         else:
-            progress(f"{', '.join(names)} share a module with {num_slots} slots")
-            kind = architecture(configs[names[0]])
-            groups.append(AlignerGroup(f"aligners-{names[0]}", stack, names, kind=kind))
-    for names in _together(adapters, lambda name: adapters[name].base):
-        num_slots = max(len(names), config.aligner_slots)
-        progress(f"{', '.join(names)} are LoRA adapters of {adapters[names[0]].base}, with {num_slots} slots")
-        stack_of_base = _load_loras({name: adapters[name] for name in names}, load, num_slots)
-        kind = adapters[names[0]].base
-        groups.append(AlignerGroup(f"aligners-{names[0]}", stack_of_base, names, kind=kind))
-    return groups
+            progress(f"{', '.join(loaded)} share a module with {num_slots} slots")
+            groups.append(AlignerGroup(f"aligners-{loaded[0]}", stack, loaded, kind=kind))
+    for family in _together([name for name in names if name in adapters], lambda name: adapters[name].base):
+        num_slots = max(len(family), config.aligner_slots)
+        base = adapters[family[0]].base
+        progress(f"{', '.join(family)} are LoRA adapters of {base}, with {num_slots} slots")
+        group = _load_loras({name: adapters[name] for name in family}, load, num_slots, roll)
+        groups += [] if group is None else [group]
+    return _without_dropped(groups, roll)
+
+
+def _loaded(names: Iterable[str], load: Load, roll: Roll) -> Iterator[tuple[str, PagedModel]]:
+    """Models, one after the other, of those who do not drop out."""
+    for name in names:
+        model = None
+        with roll.trying(name):
+            model = load(name) if roll.has(name) else None
+        if model is not None:
+            yield name, model
+
+
+def _without_dropped(groups: list[AlignerGroup], roll: Roll) -> list[AlignerGroup]:
+    """The groups, after what was loaded of aligners that dropped out by another of their models has gone."""
+    for group in groups:
+        for name in group.names:
+            if not roll.has(name):
+                group.free(group.remove(name))
+    return [group for group in groups if group.names]
 
 
 def each_once(
@@ -98,35 +123,58 @@ def architecture(config: PretrainedConfig) -> str:
     return json.dumps([type(config).__qualname__, said], sort_keys=True, default=str)
 
 
-def load_stacked(names: Sequence[str], load: Load, num_slots: int) -> StackedModel | None:
-    """Models in one module; None if they cannot share one, or say something else there than alone."""
-    first = load(names[0])
+def load_stacked(
+    wanted: Sequence[str], models: Iterator[tuple[str, PagedModel]], num_slots: int
+) -> tuple[StackedModel | None, list[str]]:
+    """Models in one module, and their names in the order of their slots; some that are wanted may not come.
+
+    None if they cannot share one, or say something else there than alone.
+    """
+    name, first = next(models, (None, None))
+    if name is None or first is None:
+        return None, []
+    names = [name]
     weights, alone = plain_weights(first.model), [probe_alone(first)]
     try:
         stack = StackedModel(first, num_slots)
     except CheckpointError as error:
-        logger.warning("%s take a forward each: %s", ", ".join(names), error)
-        return None
+        logger.warning("%s take a forward each: %s", ", ".join(wanted), error)
+        return None, []
     stack.stage(0, weights)
     del weights
     stack.settle(0)
-    for slot, name in enumerate(names[1:], start=1):
-        model = load(name)
+    for slot, (name, model) in enumerate(models, start=1):
+        names.append(name)
         alone.append(probe_alone(model))
         stack.stage(slot, plain_weights(model.model))
         stack.settle(slot)
     if reason := _difference(stack, torch.stack(alone)):
         logger.warning("%s take a forward each: %s", ", ".join(names), reason)
+        return None, []
+    return stack, names
+
+
+def _load_loras(
+    adapters: Mapping[str, LoraConfig], load: Load, num_slots: int, roll: Roll
+) -> AlignerGroup | None:
+    """Adapters of one base; None if none of them is left."""
+    base = None
+    for name in adapters:
+        # If the base cannot be loaded, all drop out, or the error goes on.
+        with roll.trying(name):
+            base = base or load(name)
+    if base is None:
         return None
-    return stack
-
-
-def _load_loras(adapters: Mapping[str, LoraConfig], load: Load, num_slots: int) -> LoraStack:
-    base = load(next(iter(adapters)))
     shapes = linear_shapes(base.model)
-    return stack_loras(
-        base, {name: load_lora(adapter, shapes) for name, adapter in adapters.items()}, num_slots
-    )
+    layers: dict[str, dict[str, LoraLayer]] = {}
+    for name, adapter in adapters.items():
+        with roll.trying(name):
+            layers[name] = load_lora(adapter, shapes)
+    if not layers:
+        return None
+    stack = stack_loras(base, layers, num_slots)
+    kind = next(iter(adapters.values())).base
+    return AlignerGroup(f"aligners-{next(iter(layers))}", stack, layers, kind=kind)
 
 
 def stack_loras(base: PagedModel, layers: Mapping[str, Mapping[str, LoraLayer]], num_slots: int) -> LoraStack:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ram_core.engine.bank import Progress
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.engine import Engine
-from ram_core.engine.messages import FailedEvent, FinishReason, Request, StepTelemetry, TokenEvent
-from ram_core.errors import RamError
+from ram_core.engine.load_bank import Progress
+from ram_core.engine.messages import (
+    AlignerFailed,
+    AlignerLoaded,
+    AlignerOutcome,
+    AlignerProgress,
+    FailedEvent,
+    FinishReason,
+    FreeAligner,
+    LoadAligner,
+    Request,
+    StepTelemetry,
+    TokenEvent,
+)
+from ram_core.errors import CheckpointError, RamError
 from ram_core.params import AlignmentParams, SamplingParams
 
 
@@ -102,6 +115,33 @@ class LocalEngine:
         if failure is not None:
             raise failure
         return [done[index] for index in range(len(requests))]
+
+    def load_aligner(self, order: LoadAligner) -> AlignerLoaded:
+        """Bring another aligner into memory, and wait until it can be asked for.
+
+        Raises:
+            CheckpointError: it cannot be served; nothing has changed.
+        """
+        outcome = self._wait_for(order)
+        if isinstance(outcome, AlignerFailed):
+            raise CheckpointError(outcome.reason)
+        assert isinstance(outcome, AlignerLoaded)
+        return outcome
+
+    def free_aligner(self, aligner: str) -> None:
+        """Give the memory of an aligner back."""
+        self._wait_for(FreeAligner(aligner))
+
+    def _wait_for(self, order: LoadAligner | FreeAligner) -> AlignerOutcome:
+        woken = threading.Event()
+        self.engine.wake = woken.set
+        self.engine.handle(order)
+        while True:
+            for outcome in self.engine.tend():
+                if outcome.aligner == order.aligner and not isinstance(outcome, AlignerProgress):
+                    return outcome
+            woken.wait()
+            woken.clear()
 
     def text(self, choice: Choice) -> str:
         """A choice's text, without its special tokens."""

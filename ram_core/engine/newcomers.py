@@ -51,6 +51,27 @@ class Terms:
     attention: str
     vocab_size: int
 
+    def loading(self, name: str, source: str) -> str:
+        """What is being done, in words."""
+        return f"loading {name} ({source}) on {self.device} as {str(self.dtype).removeprefix('torch.')}"
+
+    def load(self, name: str, source: str) -> PagedModel:
+        """An aligner's model, or its base, checked by itself.
+
+        Raises:
+            CheckpointError: it cannot be served.
+        """
+        model = load_model(
+            source,
+            device=self.device,
+            dtype=self.dtype,
+            attn_implementation=ATTENTION_NAME,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        paged = PagedModel(model, name=name, attention=self.attention)
+        check_conformance(paged, self.vocab_size)
+        return paged
+
     def check(self, name: str, config: PretrainedConfig, tokenizer_source: str) -> None:
         """Refuse a model that cannot follow the proposal, or not as far as requests go.
 
@@ -151,7 +172,7 @@ class Newcomers:
                 share.total = stored.num_bytes
                 weights: Mapping[str, Weight] | None = served.weights_in(stored)
                 if weights is None:
-                    weights = plain_weights(self._load_alone(name, source).model)
+                    weights = plain_weights(self._terms.load(name, source).model)
                 slot = group.stage(weights)
             if slot is not None:
                 group.wait_settled(slot)
@@ -167,8 +188,8 @@ class Newcomers:
         num_slots = own.aligner_slots if own.aligner_bank else 1
         served: PagedModel | StackedModel | None = None
         if num_slots > 1:
-            served = load_stacked([name], lambda _: self._load_alone(name, source), num_slots)
-        served = served or self._load_alone(name, source)
+            served, _ = load_stacked([name], iter([(name, self._terms.load(name, source))]), num_slots)
+        served = served or self._terms.load(name, source)
         num_bytes = served.slot_bytes if isinstance(served, StackedModel) else served.weight_bytes
         group = AlignerGroup(_unique(name), served, [name], kind=architecture(config))
         return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
@@ -194,26 +215,13 @@ class Newcomers:
         own = self._terms.config
         config = load_supported_config(name, adapter.base, own)
         check_size(name, expected_bytes(config, self._terms.dtype, own), max_bytes)
-        base = self._load_alone(name, adapter.base)
+        base = self._terms.load(name, adapter.base)
         layers = load_lora(adapter, linear_shapes(base.model))
         num_bytes = base.weight_bytes + lora_bytes(layers, self._terms.dtype)
         check_size(name, num_bytes, max_bytes)
         stack = stack_loras(base, {name: layers}, max(1, own.aligner_slots))
         group = AlignerGroup(_unique(name), stack, [name], kind=adapter.base)
         return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
-
-    def _load_alone(self, name: str, source: str) -> PagedModel:
-        terms = self._terms
-        model = load_model(
-            source,
-            device=terms.device,
-            dtype=terms.dtype,
-            attn_implementation=ATTENTION_NAME,
-            trust_remote_code=terms.config.trust_remote_code,
-        )
-        paged = PagedModel(model, name=name, attention=terms.attention)
-        check_conformance(paged, terms.vocab_size)
-        return paged
 
     def _in_pool(self, newcomer: Newcomer, others: list[Newcomer]) -> Newcomer:
         """With a pool if the bank has none of its geometry, nor anybody of `others`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -128,6 +128,13 @@ class PageBook:
         if key not in self._pages:
             self._pages[key] = page
             self._keys[page] = key
+
+    def drop(self, models: Container[str]) -> None:
+        """Let nobody find what some models wrote, which are gone; their idle pages are blank from now on."""
+        for page in [page for page in self._idle if self._keys[page].model in models]:
+            del self._idle[page]
+            self._forget(page)
+            self._blank.append(page)
 
     def _forget(self, page: int) -> None:
         key = self._keys.pop(page, None)

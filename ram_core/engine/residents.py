@@ -20,6 +20,8 @@ from ram_core.engine.messages import (
     LoadAligner,
 )
 
+_DEADLY = "the engine died more than once while it was to be loaded again"
+
 Parts = tuple[tuple[str, str], ...]
 
 
@@ -64,7 +66,10 @@ class Residents:
     def begin(self, began: EngineBegan) -> None:
         """An engine is up."""
         with self._lock:
-            self._began = began
+            known = {aligner for aligner, _ in (*began.aligners, *began.failed)}
+            # Not even tried, as one of them may be what killed the engine.
+            missing = tuple((aligner, _DEADLY) for aligner in self._parts if aligner not in known)
+            self._began = began = msgspec.structs.replace(began, failed=began.failed + missing)
             self._keep(aligner for aligner, _ in began.aligners)
             self._tell(began)
 

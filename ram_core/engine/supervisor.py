@@ -22,6 +22,8 @@ _MAX_PAUSE_S = 30.0
 _HEALTHY_S = 60.0
 """A life of that length makes the deaths before it forgotten."""
 _STOP_GRACE_S = 5.0
+_MAX_STILLBORN = 2
+"""After so many lives in a row that did not come to take requests, the next begins without aligners."""
 _CLOSED = "the engine was closed"
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ class SupervisedEngine(StreamingClient):
         self._config = config
         self._progress = progress
         self._process: EngineProcess | None = None
+        # Lives in a row that ended before they took requests.
+        self._num_stillborn = 0
         self._loaded: Future[None] = Future()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ram-supervisor", daemon=True)
@@ -124,6 +128,7 @@ class SupervisedEngine(StreamingClient):
             error = EngineUnavailable(f"The engine's process could not be run: {cause}")
         # Nobody is let in any more, and everybody told, before anything else is done.
         has_served = self.trouble is None
+        self._num_stillborn = 0 if has_served else self._num_stillborn + 1
         is_closing = self._closing.is_set()
         self._streams.shut(_CLOSED if is_closing else "the engine has died and is being restarted")
         self._stats = EngineStats()
@@ -140,7 +145,8 @@ class SupervisedEngine(StreamingClient):
         """At first what was configured; after a death with the aligners that were there."""
         if not self._loaded.done():
             return self._config
-        return replace(self._config, aligners=self._residents.sources)
+        sources = self._residents.sources if self._num_stillborn < _MAX_STILLBORN else ()
+        return replace(self._config, aligners=sources)
 
     def _listen(self, process: EngineProcess) -> RamError | None:
         """Spread the process' news until it ends or is to end; returns what it gave as the reason, if any."""

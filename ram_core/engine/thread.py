@@ -11,10 +11,10 @@ import threading
 from functools import partial
 from queue import Empty, SimpleQueue
 
-from ram_core.engine.bank import Progress
 from ram_core.engine.client import HEARTBEAT_S, StreamingClient
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.engine import Engine
+from ram_core.engine.load_bank import Progress
 from ram_core.engine.messages import Command
 
 _CLOSED = "the engine was closed"

@@ -26,9 +26,10 @@ from ram_core.errors import AlignerUnavailable
 
 @dataclass(frozen=True, slots=True)
 class _Leaving:
-    """An aligner that nobody can ask for any more; its places are free after `last_step`."""
+    """An aligner that nobody can ask for any more; its places are free after `last_step`, and its pages."""
 
     aligner: str
+    pages: frozenset[str]
     places: tuple[tuple[AlignerGroup, int], ...]
     last_step: int
 
@@ -69,7 +70,8 @@ class Turnover:
             else:
                 self._outcomes.append(AlignerFreed(aligner))
             return []
-        pages = {self._bank.group_of[name].lane(name)[0] for name in self._bank.residents[aligner]}
+        names = self._bank.residents[aligner]
+        pages = frozenset(self._bank.group_of[name].lane(name)[0] for name in names)
         failed = []
         for sequence in [*self._scheduler.running, *self._scheduler.waiting]:
             if any(lane.model in pages for lane in sequence.lanes):
@@ -77,7 +79,7 @@ class Turnover:
                 error = AlignerUnavailable(f"The aligner `{aligner}` was taken out of memory.")
                 failed.append(FailedEvent(sequence.request.request_id, sequence.index, error))
         places = self._bank.remove(aligner)
-        self._leaving.append(_Leaving(aligner, places, self._scheduler.num_launched))
+        self._leaving.append(_Leaving(aligner, pages, places, self._scheduler.num_launched))
         return failed
 
     def tend(self) -> list[AlignerOutcome]:
@@ -91,6 +93,8 @@ class Turnover:
             leaving = self._leaving.popleft()
             for group in self._bank.free(leaving.places):
                 self._forget(group)
+            for book in self._scheduler.books.values():
+                book.drop(leaving.pages)
             self._outcomes.append(AlignerFreed(leaving.aligner))
         told, self._outcomes = self._outcomes, []
         return told

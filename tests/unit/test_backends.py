@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ram_core.engine.bank import load_bank
 from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.engine import Engine
+from ram_core.engine.load_bank import load_bank
 from ram_core.errors import CheckpointError
 from ram_core.models import backends
 from ram_core.models.attention import AttentionOptions, PagedAttention
