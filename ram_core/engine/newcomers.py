@@ -199,7 +199,7 @@ class Newcomers:
         for group in self._groups():
             if not isinstance(group.served, LoraStack) or group.kind != adapter.base:
                 continue
-            layers = load_lora(adapter, linear_shapes(group.model.model))
+            layers = load_lora(adapter, group.served.base_shapes)
             num_bytes = lora_bytes(layers, self._terms.dtype)
             check_size(name, num_bytes, max_bytes)
             slot = group.stage(layers) if group.served.has_room_for(layers) else None

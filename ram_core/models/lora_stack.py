@@ -28,11 +28,15 @@ def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 class LoraStack(ModelStack):
-    """`num_slots` adapters of the base `paged`, on its layers `modules`, with ranks of at most `max_rank`."""
+    """`num_slots` adapters of the base `paged`, on its layers `modules`, with ranks of at most `max_rank`.
+
+    `base_shapes` are those of all layers of the base that an adapter may change.
+    """
 
     def __init__(self, paged: PagedModel, num_slots: int, modules: Iterable[str], max_rank: int) -> None:
         self._max_rank = max_rank
         model = paged.model
+        self.base_shapes = linear_shapes(model)
         twins: dict[str, SlotLora | StackedLora] = {}
         slot_bytes = 0
         for name in modules:

@@ -32,16 +32,13 @@ class StoredWeights:
         self.tensors: dict[str, StoredTensor] = {}
         self.odd: set[str] = set()
         """Names of what is stored and is no float."""
-        self._exits = ExitStack()
         pieces = _Pieces()
-        for path in [place] if place.is_file() else weight_files(place):
-            # The same file for good, whatever takes its name meanwhile.
-            file = self._exits.enter_context(path.open("rb", buffering=0))
-            for name, header in read_header_of(file, path.name).items():
-                if header.dtype in _DTYPES:
-                    self.tensors[name] = StoredTensor(name, header, file, pieces, on_read)
-                else:
-                    self.odd.add(name)
+        with ExitStack() as exits:
+            for path in [place] if place.is_file() else weight_files(place):
+                # The same file for good, whatever takes its name meanwhile.
+                file = exits.enter_context(path.open("rb", buffering=0))
+                self._add(file, path.name, pieces, on_read)
+            self._exits = exits.pop_all()
 
     @property
     def num_bytes(self) -> int:
@@ -53,6 +50,13 @@ class StoredWeights:
 
     def __exit__(self, *exc_info: object) -> None:
         self._exits.close()
+
+    def _add(self, file: io.FileIO, file_name: str, pieces: _Pieces, on_read: OnRead) -> None:
+        for name, header in read_header_of(file, file_name).items():
+            if header.dtype in _DTYPES:
+                self.tensors[name] = StoredTensor(name, header, file, pieces, on_read)
+            else:
+                self.odd.add(name)
 
 
 class StoredTensor:

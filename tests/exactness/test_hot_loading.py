@@ -2,98 +2,550 @@
 
 from __future__ import annotations
 
-import asyncio
-import queue
+import gc
+import json
+import re
+import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from ram_core.engine.client import StreamingClient
+from ram_core.engine import newcomers
+from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import AlignerSource, EngineConfig
+from ram_core.engine.engine import Engine
+from ram_core.engine.local import LocalEngine
 from ram_core.engine.messages import (
     AlignerFailed,
     AlignerFreed,
     AlignerLoaded,
-    AlignerNews,
+    AlignerOutcome,
     AlignerProgress,
-    EngineBegan,
+    FailedEvent,
+    FreeAligner,
     LoadAligner,
     Request,
     TokenEvent,
 )
-from ram_core.engine.supervisor import SupervisedEngine
-from ram_core.engine.thread import EngineThread
-from ram_core.errors import UnknownModel
+from ram_core.errors import AlignerUnavailable, CheckpointError
+from ram_core.models import packed_linear
+from ram_core.models.kv import KvPool
+from ram_core.models.paged import PagedModel
+from ram_core.models.stacked import StackedModel, plain_weights
+from ram_core.models.stored import StoredWeights
 from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
-from tests.models import save_model, save_pair
-from tests.unit.test_thread import collect
+from tests.exactness.test_aligner_bank import STACKED_FAMILIES, load, logits_of, save_any
+from tests.exactness.test_engine import GREEDY, PROMPTS, anew, run_together
+from tests.exactness.test_lora import ADAPTERS, save_adapter
+from tests.exactness.test_prefix_cache import CountedTokens
+from tests.models import make_tokenizer, save_model, save_pair
 
-SAMPLING = SamplingParams(seed=5, max_tokens=12, ignore_eos=True)
-PROMPT = tuple(range(20, 45))
+# PEFT's own use of what transformers will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+SEEDED = SamplingParams(seed=5, max_tokens=16, ignore_eos=True)
+LONG = replace(SEEDED, max_tokens=120)
 ENOUGH = 1 << 30
+SMALL = {"hidden": 16, "layers": 1, "vocab_size": 320}
+PATIENCE_S = 60
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    proposal, aligners = save_pair(tmp_path_factory.mktemp("pair"), vocab_size=320)
-    sources = tuple(AlignerSource(f"{name}@1", str(path)) for name, path in aligners.items())
-    return EngineConfig(str(proposal), sources, device="cpu", max_batch=4, aligner_slots=3)
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A proposal, and aligners by what is special about them."""
+    root = tmp_path_factory.mktemp("models")
+    proposal, aligners = save_pair(root, vocab_size=320)
+    found = {"proposal": proposal, **aligners}
+    found["third"] = save_model(root / "third", "llama", seed=11, **SMALL)
+    found["fourth"] = save_model(root / "fourth", "llama", seed=12, **SMALL)
+    found["wide"] = save_model(root / "wide", "llama", seed=13, **SMALL | {"hidden": 24})
+    found["other"] = save_model(root / "other", "gpt_oss", seed=14, **SMALL)
+    base = save_model(root / "base", "llama", seed=15, std=0.08, attention_bias=True)
+    return found | {name: save_adapter(base, name, **options) for name, options in ADAPTERS.items()}
 
 
 @pytest.fixture(scope="module")
-def newcomer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("newcomer")
-    return save_model(directory / "new", "llama", hidden=16, layers=1, vocab_size=320, seed=11)
+def config(sources: dict[str, Path]) -> EngineConfig:
+    """A bank of three slots, of which two are taken, and adapters that leave one slot free."""
+    begun = tuple(AlignerSource(f"{name}@1", str(sources[name])) for name in ("polite", "terse", "all"))
+    return EngineConfig(str(sources["proposal"]), begun, device="cpu", max_batch=8, aligner_slots=3)
 
 
-class News:
-    """What a client tells of its aligners."""
-
-    def __init__(self, engine: StreamingClient) -> None:
-        self._told: queue.SimpleQueue[AlignerNews] = queue.SimpleQueue()
-        engine.watch_aligners(self._told.put)
-
-    def next(self) -> AlignerNews:
-        """Progress is passed over."""
-        while isinstance(news := self._told.get(timeout=60), AlignerProgress):
-            pass
-        return news
+@pytest.fixture
+def engine(config: EngineConfig) -> Engine:
+    return Engine.load(config)
 
 
-Start = Callable[[EngineConfig], StreamingClient]
+def order(aligner: str, *places: Path, max_bytes: int = ENOUGH) -> LoadAligner:
+    """An aligner of one model, or of several."""
+    names = [aligner, *(f"{aligner}/part{index}" for index in range(1, len(places)))]
+    return LoadAligner(aligner, tuple(zip(names, map(str, places), strict=True)), max_bytes)
 
 
-@pytest.mark.parametrize("start", [EngineThread.start, SupervisedEngine.start], ids=["thread", "process"])
-def test_an_aligner_comes_and_goes(start: Start, config: EngineConfig, newcomer: Path) -> None:
-    request = Request("a", PROMPT, SAMPLING, AlignmentParams((AlignerTerm("polite@2"),)))
+def outcomes(engine: Engine, wanted: int = 1) -> list[AlignerOutcome]:
+    """The next outcomes but progress; steps go on meanwhile."""
+    found: list[AlignerOutcome] = []
+    deadline = time.monotonic() + PATIENCE_S
+    while len(found) < wanted:
+        assert time.monotonic() < deadline, "no outcome"
+        if engine.has_work:
+            engine.step()
+        else:
+            time.sleep(0.001)
+        found += [told for told in engine.tend() if not isinstance(told, AlignerProgress)]
+    return found
 
-    async def body() -> None:
-        engine = start(config)
-        try:
-            news = News(engine)
-            began = news.next()
-            assert isinstance(began, EngineBegan)
-            assert [name for name, _ in began.aligners] == ["polite@1", "terse@1"]
-            with pytest.raises(UnknownModel):
-                await collect(engine, request)
-            engine.load_aligner(LoadAligner("polite@2", (("polite@2", str(newcomer)),), ENOUGH))
-            loaded = await asyncio.to_thread(news.next)
-            assert loaded == AlignerLoaded("polite@2", dict(began.aligners)["polite@1"], "cpu")
-            tokens = [event for event in await collect(engine, request) if isinstance(event, TokenEvent)]
-            assert len(tokens) == SAMPLING.max_tokens
-            late = News(engine).next()
-            assert isinstance(late, EngineBegan)
-            assert [name for name, _ in late.aligners] == ["polite@1", "terse@1", "polite@2"]
-            engine.free_aligner("polite@2")
-            assert await asyncio.to_thread(news.next) == AlignerFreed("polite@2")
-            with pytest.raises(UnknownModel):
-                await collect(engine, request)
-            engine.load_aligner(LoadAligner("gone@1", (("gone@1", "/nowhere"),), ENOUGH))
-            failed = await asyncio.to_thread(news.next)
-            assert isinstance(failed, AlignerFailed)
-            assert "/nowhere" in failed.reason
-        finally:
-            await engine.close()
 
-    asyncio.run(asyncio.wait_for(body(), 120))
+def bring(engine: Engine, aligner: str, *places: Path, max_bytes: int = ENOUGH) -> AlignerOutcome:
+    engine.handle(order(aligner, *places, max_bytes=max_bytes))
+    [outcome] = outcomes(engine)
+    return outcome
+
+
+def let_go(engine: Engine, aligner: str) -> None:
+    engine.handle(FreeAligner(aligner))
+    assert outcomes(engine) == [AlignerFreed(aligner)]
+
+
+def using(*names: str) -> AlignmentParams:
+    return AlignmentParams(tuple(AlignerTerm(name) for name in names))
+
+
+def said(engine: Engine, *names: str, prompt: int = 3, sampling: SamplingParams = SEEDED) -> list[int]:
+    [events] = run_together(engine, [Request("r", PROMPTS[prompt], sampling, using(*names))]).values()
+    return [event.token_id for event in events]
+
+
+# What a newcomer says.
+
+
+KINDS = {
+    # Where it goes: into a free slot, into a group of its own, to a geometry of its own.
+    "slot": "third",
+    "alone": "other",
+    "geometry": "wide",
+    "adapter": "narrow",
+    "odd adapter": "odd",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_newcomer_says_what_it_says_when_it_is_there_from_the_start(
+    config: EngineConfig, sources: dict[str, Path], engine: Engine, kind: str
+) -> None:
+    source = sources[KINDS[kind]]
+    begun = Engine.load(replace(config, aligners=(*config.aligners, AlignerSource("new@2", str(source)))))
+    before = [(group.names, group.free_slots) for group in engine.bank.groups]
+    loaded = bring(engine, "new@2", source)
+    assert isinstance(loaded, AlignerLoaded)
+    assert (loaded.num_bytes > 0, loaded.device) == (True, "cpu")
+    has_slot = kind in ("slot", "adapter")
+    assert len(engine.bank.groups) == len(before) + (not has_slot)
+    assert engine.bank.group_of["new@2"] is engine.bank.groups[0 if kind == "slot" else -1]
+    for names in (["new@2"], ["polite@1", "new@2"], ["new@2", "all@1"]):
+        for sampling in (GREEDY, SEEDED):
+            assert said(engine, *names, sampling=sampling) == said(begun, *names, sampling=sampling)
+    assert said(engine, "new@2") != said(engine, "polite@1")
+
+
+@pytest.mark.parametrize("family", [*STACKED_FAMILIES, "phi"])
+@pytest.mark.parametrize("machine", ["Intel", "other"])
+def test_what_is_read_straight_into_a_slot_is_what_transformers_would_load(
+    tmp_path: Path, family: str, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tied and untied heads, biases, norms; on CPUs that keep plain weights, and on others."""
+    monkeypatch.setattr(packed_linear, "_is_intel", lambda: machine != "other")
+    paths = [save_any(tmp_path / str(seed), family, seed=seed) for seed in range(2)]
+    stack = StackedModel(load(paths[0]), 2)
+    stack.stage(0, plain_weights(load(paths[1]).model))
+    with StoredWeights(paths[1]) as files:
+        straight = stack.weights_in(files)
+        assert straight is not None
+        stack.stage(1, straight)
+
+    def logits(slot: int) -> Tensor:
+        return logits_of(
+            lambda b, p, owners: stack.forward(b, p, torch.tensor(owners)), stack.paged, [slot] * 2
+        )
+
+    assert torch.equal(logits(0), logits(1))
+
+
+def test_a_slot_is_filled_without_a_model_beside_it(
+    engine: Engine, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(newcomers, "load_model", None)
+    assert isinstance(bring(engine, "new@2", sources["third"]), AlignerLoaded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_are_rounded_as_transformers_does(
+    engine: Engine, config: EngineConfig, sources: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    path = save_model(tmp_path / "new", "llama", seed=11, dtype=dtype, max_shard_size="5KB", **SMALL)
+    begun = Engine.load(replace(config, aligners=(AlignerSource("new@2", str(path)),)))
+    assert isinstance(bring(engine, "new@2", path), AlignerLoaded)
+    assert engine.bank.group_of["new@2"].is_stacked
+    assert said(engine, "new@2") == said(begun, "new@2")
+
+
+def test_weights_of_other_names_go_the_way_of_transformers(
+    engine: Engine, config: EngineConfig, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    path = edited(sources["third"], tmp_path, lambda w: {f"transformer.{n}": each for n, each in w.items()})
+    renamed = bring(engine, "odd@1", path)
+    assert isinstance(renamed, AlignerFailed), "neither can make sense of these"
+    path = edited(sources["third"], tmp_path / "more", lambda w: w | {"model.extra.inv_freq": torch.ones(2)})
+    assert isinstance(bring(engine, "new@2", path), AlignerLoaded)
+    [polite, *_] = engine.bank.groups
+    assert engine.bank.group_of["new@2"] is polite
+    begun = Engine.load(replace(config, aligners=(AlignerSource("new@2", str(path)),)))
+    assert said(engine, "new@2") == said(begun, "new@2")
+
+
+def test_an_aligner_of_several_models_comes_and_goes_as_one(engine: Engine, sources: dict[str, Path]) -> None:
+    before = state(engine)
+    both = bring(engine, "new@2", sources["third"], sources["wide"], sources["narrow"])
+    assert isinstance(both, AlignerLoaded)
+    assert both.num_bytes == sum(
+        engine.bank.group_of[name].weight_bytes[name] for name in ("new@2", "new@2/part1")
+    ) + adapter_bytes(sources["narrow"])
+    said(engine, "new@2", "new@2/part1", "new@2/part2")
+    let_go(engine, "new@2")
+    assert state(engine) == before
+
+
+def adapter_bytes(path: Path) -> int:
+    return sum(each.numel() for each in load_file(path / "adapter_model.safetensors").values()) * 4
+
+
+def test_slots_that_were_asked_for_are_made_for_new_architectures_too(
+    engine: Engine, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    second = save_model(tmp_path / "second", "llama", seed=16, **SMALL | {"hidden": 24})
+    for name, path in (("wide@1", sources["wide"]), ("wide@2", second)):
+        assert isinstance(bring(engine, name, path), AlignerLoaded)
+    group = engine.bank.group_of["wide@1"]
+    assert engine.bank.group_of["wide@2"] is group
+    assert group.num_slots == 3
+
+
+# That nobody else notices.
+
+
+def neighbours() -> list[Request]:
+    kinds = [using(), using("polite@1"), using("terse@1"), using("all@1"), using("polite@1", "terse@1")]
+    return [Request(str(index), PROMPTS[index], LONG, kind) for index, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("changes", [{}, {"is_overlapping": True, "has_static_shapes": True}], ids=str)
+def test_loads_and_frees_change_nothing_for_those_who_run(
+    engine: Engine, sources: dict[str, Path], changes: dict[str, object]
+) -> None:
+    undisturbed = run_together(anew(engine, **changes), neighbours())
+    engine = anew(engine, **changes)
+    for request in neighbours():
+        engine.handle(request)
+    told: dict[str, list[TokenEvent]] = {request.request_id: [] for request in neighbours()}
+    names = ["third", "wide", "narrow", "other"]
+    engine.handle(order(f"{names[0]}@1", sources[names[0]]))
+    num_loaded, deadline = 0, time.monotonic() + PATIENCE_S
+    while engine.has_work or len(names) > 0:
+        assert time.monotonic() < deadline
+        for event in engine.step() if engine.has_work else ():
+            assert not isinstance(event, FailedEvent)
+            if isinstance(event, TokenEvent):
+                told[event.request_id].append(event)
+        for outcome in engine.tend():
+            if isinstance(outcome, AlignerLoaded):
+                num_loaded += 1
+                engine.handle(FreeAligner(outcome.aligner))
+            elif isinstance(outcome, AlignerFreed) and len(names) > 1:
+                names.pop(0)
+                engine.handle(order(f"{names[0]}@1", sources[names[0]]))
+            elif isinstance(outcome, AlignerFreed):
+                names.pop(0)
+    assert num_loaded == 4
+    # As text, for NaN is not equal to itself.
+    assert repr(told) == repr(undisturbed)
+
+
+def test_freeing_waits_for_the_steps_that_may_still_read(engine: Engine, sources: dict[str, Path]) -> None:
+    engine = anew(engine, is_overlapping=True)
+    assert isinstance(bring(engine, "new@2", sources["third"]), AlignerLoaded)
+    group = engine.bank.group_of["new@2"]
+    engine.handle(Request("r", PROMPTS[3], LONG, using("new@2")))
+    engine.handle(Request("s", PROMPTS[3], LONG, using("polite@1")))
+    for _ in range(3):
+        engine.step()
+    engine.handle(FreeAligner("new@2"))
+    assert engine.tend() == []
+    assert group.free_slots == ()
+    # What was launched before is collected once the next step is on its way.
+    events = engine.step()
+    [failed] = [event for event in events if isinstance(event, FailedEvent)]
+    assert (failed.request_id, type(failed.error)) == ("r", AlignerUnavailable)
+    assert [event.request_id for event in events if isinstance(event, TokenEvent)] == ["s"]
+    assert engine.tend() == [AlignerFreed("new@2")]
+    assert group.free_slots == (2,)
+
+
+def test_a_request_for_what_has_just_gone_fails_alone(engine: Engine) -> None:
+    """It was admitted before the client could know."""
+    engine.handle(FreeAligner("polite@1"))
+    engine.handle(Request("r", PROMPTS[3], GREEDY, using("polite@1"), num_choices=2))
+    engine.handle(Request("s", PROMPTS[3], GREEDY, using("terse@1")))
+    assert "polite@1" not in engine.limits.pools
+    events = engine.step()
+    failed = [(event.request_id, event.index) for event in events if isinstance(event, FailedEvent)]
+    assert failed == [("r", 0), ("r", 1)]
+    assert engine.has_work, "the other goes on"
+
+
+def test_waiting_requests_for_what_goes_fail_too(engine: Engine) -> None:
+    engine = anew(engine, max_batch=1)
+    for name in "rs":
+        engine.handle(Request(name, PROMPTS[3], GREEDY, using("polite@1")))
+    engine.step()
+    engine.handle(FreeAligner("polite@1"))
+    failed = [event.request_id for event in engine.step() if isinstance(event, FailedEvent)]
+    assert failed == ["r", "s"]
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("kind", ["slot", "geometry", "odd adapter"])
+def test_pages_of_a_namesake_that_went_are_never_found(
+    engine: Engine, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The same name and slot, and other weights."""
+    source = sources[KINDS[kind]]
+    assert isinstance(bring(engine, "new@2", source), AlignerLoaded)
+    first = said(engine, "new@2", sampling=GREEDY)
+    num_pages = engine.stats.num_pages
+    let_go(engine, "new@2")
+    changed = edited(source, tmp_path, lambda weights: {n: each.flip(0) for n, each in weights.items()})
+    assert isinstance(bring(engine, "new@2", changed), AlignerLoaded)
+    counted = CountedTokens(monkeypatch, engine, "new@2")
+    second = said(engine, "new@2", sampling=GREEDY)
+    assert counted.num_tokens >= len(PROMPTS[3]) + GREEDY.max_tokens - 1
+    assert second != first
+    assert engine.stats.num_pages == num_pages
+    fresh = anew(engine, prefix_cache=False)
+    assert said(fresh, "new@2", sampling=GREEDY) == second
+
+
+def edited(source: Path, root: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
+    """A copy of a model or an adapter with other weights."""
+    target = shutil.copytree(source, root / source.name)
+    [path] = target.glob("*.safetensors")
+    weights = change(load_file(path))
+    save_file({name: each.contiguous() for name, each in weights.items()}, path, {"format": "pt"})
+    if (config := target / "adapter_config.json").is_file():
+        said = json.loads(config.read_text())
+        base = (source / said["base_model_name_or_path"]).resolve()
+        config.write_text(json.dumps(said | {"base_model_name_or_path": str(base)}))
+    return target
+
+
+# What fails, and what is left behind.
+
+
+def state(engine: Engine) -> object:
+    """All that a load may change, but for KV pools that stay for the next one of their geometry."""
+    bank = engine.bank
+    return (
+        [(group.names, group.free_slots) for group in bank.groups],
+        bank.residents,
+        bank.bytes_of,
+        bank.limits.pools,
+        [(book.num_free, book.num_pages) for book in list(engine._scheduler.books.values())[:2]],
+    )
+
+
+def spoil(path: Path, kind: str) -> None:
+    weights = next(path.glob("*.safetensors"))
+    match kind:
+        case "cut off":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "no header":
+            weights.write_bytes(b"\xff" * 64 + weights.read_bytes()[64:])
+        case "no weights":
+            weights.unlink()
+        case "not finite":
+            data = load_file(weights)
+            name = sorted(data)[-1]
+            data[name].view(-1)[-1] = torch.nan
+            save_file(data, weights, {"format": "pt"})
+        case "other words":
+            make_tokenizer(sentences=["entirely other words make other tokens"]).save_pretrained(path)
+        case "no config":
+            (path / "config.json").write_text("{")
+        case "unknown":
+            (path / "config.json").write_text(json.dumps({"model_type": "nobody_knows"}))
+        case "short":
+            config = json.loads((path / "config.json").read_text())
+            (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8}))
+
+
+BROKEN = {
+    "cut off": "cut off",
+    "no header": "cut off, or is no safetensors file",
+    "no weights": "no weights",
+    "not finite": "no finite numbers|gives other logits",
+    "other words": "cannot follow the proposal",
+    "no config": "config.json is broken",
+    "unknown": "unknown architecture `nobody_knows`",
+    "short": "reads at most 8 tokens",
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("source", ["third", "wide"])
+def test_what_is_broken_changes_nothing(
+    engine_for_failures: Engine, sources: dict[str, Path], tmp_path: Path, source: str, kind: str
+) -> None:
+    engine = engine_for_failures
+    before, words = state(engine), said(engine, "polite@1")
+    path = shutil.copytree(sources[source], tmp_path / "broken")
+    spoil(path, kind)
+    # Whatever its other models are.
+    for places in ([path], [sources["third"], path]):
+        failed = bring(engine, "new@2", *places)
+        assert isinstance(failed, AlignerFailed)
+        assert re.search(BROKEN[kind], failed.reason)
+        assert "\n" not in failed.reason
+        assert state(engine) == before
+    assert len(engine.bank.pools) == len(engine.limits.pools)
+    assert said(engine, "polite@1") == words
+
+
+@pytest.fixture(scope="module")
+def engine_for_failures(config: EngineConfig) -> Engine:
+    return Engine.load(config)
+
+
+@pytest.mark.parametrize("source", ["third", "wide", "narrow", "odd"])
+def test_what_takes_too_much_memory_changes_nothing(
+    engine_for_failures: Engine, sources: dict[str, Path], source: str
+) -> None:
+    engine = engine_for_failures
+    before = state(engine)
+    failed = bring(engine, "new@2", sources[source], max_bytes=100)
+    assert isinstance(failed, AlignerFailed)
+    assert "but may take 100 B" in failed.reason
+    assert state(engine) == before
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_an_error_and_no_more(
+    engine: Engine, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shutil.copytree(sources["third"], tmp_path / "third")
+    before = state(engine)
+    weights_in = StackedModel.weights_in
+
+    def cut(self: StackedModel, files: StoredWeights) -> object:
+        with (path / "model.safetensors").open("r+b") as file:
+            file.truncate(5000)
+        return weights_in(self, files)
+
+    monkeypatch.setattr(StackedModel, "weights_in", cut)
+    failed = bring(engine, "new@2", path)
+    assert isinstance(failed, AlignerFailed)
+    assert "its weights are cut off within" in failed.reason
+    assert state(engine) == before
+
+
+def test_no_memory_is_an_error_and_no_more(
+    engine: Engine, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(engine)
+
+    def no_memory(*args: object) -> object:
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(newcomers, "KvPool", no_memory)
+    failed = bring(engine, "new@2", sources["third"], sources["wide"])
+    assert failed == AlignerFailed("new@2", "`cpu` has not enough memory free")
+    assert state(engine) == before
+
+
+def test_orders_may_come_twice_or_for_nothing(engine: Engine, sources: dict[str, Path]) -> None:
+    first = bring(engine, "new@2", sources["third"])
+    assert isinstance(first, AlignerLoaded)
+    assert bring(engine, "new@2", sources["third"]) == first
+    assert bring(engine, "polite@1", sources["third"]) != first
+    let_go(engine, "nobody@1")
+    clash = LoadAligner(
+        "clash@1", (("clash@1", str(sources["wide"])), ("new@2", str(sources["wide"]))), ENOUGH
+    )
+    before = state(engine)
+    engine.handle(clash)
+    assert outcomes(engine) == [AlignerFailed("clash@1", "there is a model `new@2` already")]
+    assert state(engine) == before
+
+
+def test_one_that_is_to_go_before_it_came_goes(engine: Engine, sources: dict[str, Path]) -> None:
+    before = state(engine)
+    for _ in range(2):
+        engine.handle(order("new@2", sources["third"]))
+    engine.handle(order("next@1", sources["fourth"]))
+    engine.handle(FreeAligner("new@2"))
+    freed, loaded = outcomes(engine, 2)
+    assert freed == AlignerFreed("new@2")
+    assert isinstance(loaded, AlignerLoaded)
+    assert loaded.aligner == "next@1"
+    let_go(engine, "next@1")
+    assert state(engine) == before
+
+
+def test_many_that_come_and_go_leave_nothing(engine: Engine, sources: dict[str, Path]) -> None:
+    kinds = ["third"] * 8 + ["narrow"] * 3 + ["other", "odd"]
+    for kind in ("other", "odd"):
+        bring(engine, "new@2", sources[kind])
+        let_go(engine, "new@2")
+    before, pools = state(engine), len(engine.bank.pools)
+    num_alive = count(PagedModel, KvPool, AlignerGroup)
+    for turn in range(50):
+        loaded = bring(engine, f"new@{turn}", sources[kinds[turn % len(kinds)]])
+        assert isinstance(loaded, AlignerLoaded)
+        if turn % 5 == 0:
+            said(engine, f"new@{turn}", sampling=replace(SEEDED, max_tokens=2))
+        let_go(engine, f"new@{turn}")
+    assert state(engine) == before
+    assert len(engine.bank.pools) == pools
+    assert count(PagedModel, KvPool, AlignerGroup) == num_alive
+
+
+def count(*kinds: type) -> int:
+    gc.collect()
+    return sum(type(each) in kinds for each in gc.get_objects())
+
+
+def test_a_group_that_went_takes_its_recorded_steps_along(
+    config: EngineConfig, sources: dict[str, Path]
+) -> None:
+    """Else they would read weights that are gone, once a group has its name."""
+    engine = Engine.load(replace(config, aligners=config.aligners[:1], aligner_slots=0, cuda_graphs=True))
+    num_recorded = len(engine._runner._graphs)
+    engine.handle(FreeAligner("polite@1"))
+    assert outcomes(engine) == [AlignerFreed("polite@1")]
+    assert 0 < len(engine._runner._graphs) < num_recorded
+    assert isinstance(bring(engine, "polite@1", sources["third"]), AlignerLoaded)
+    eager = anew(engine, cuda_graphs=False)
+    assert said(engine, "polite@1") == said(eager, "polite@1")
+
+
+def test_scripts_load_and_free_as_well(config: EngineConfig, sources: dict[str, Path]) -> None:
+    engine = LocalEngine.load(config)
+    assert engine.load_aligner(order("new@2", sources["third"])).aligner == "new@2"
+    [choice] = engine.generate([PROMPTS[3]], GREEDY, using("new@2"))
+    assert list(choice.token_ids) == said(engine.engine, "new@2", sampling=GREEDY)
+    engine.free_aligner("new@2")
+    with pytest.raises(CheckpointError, match="/nowhere"):
+        engine.load_aligner(order("new@2", Path("/nowhere")))
