@@ -138,7 +138,7 @@ def load_stacked(
     try:
         stack = StackedModel(first, num_slots)
     except CheckpointError as error:
-        logger.warning("%s take a forward each: %s", ", ".join(wanted), error)
+        logger.warning("%s take a forward each: %s", ", ".join(wanted), str(error))
         return None, []
     stack.stage(0, weights)
     del weights
