@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self
+
+from msgspec import Struct
 
 from ram_core.engine.client import EngineClient, EventStream
 from ram_core.engine.detokenizer import Detokenizer
@@ -25,6 +27,10 @@ from server.metrics import Meter, Outcome
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_MAX_FIGURES = 64
+"""So many tokens' telemetry is added up at once, which takes less than one by one."""
 
 
 @dataclass(slots=True)
@@ -56,8 +62,7 @@ class Tally:
         return self.sums[name] / self.counts[name] if name in self.sums else None
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(Struct, frozen=True, gc=False):
     """What one token added to choice `index`: text that is safe to send, and the tokens it is made of.
 
     `tokens` travel with their text: they wait where it waits, and those inside a stop string are never told.
@@ -80,6 +85,7 @@ class _Choice:
         self._detokenizer = Detokenizer(tokenizer, request.sampling.stop, request.prompt_ids)
         self._waiting: list[TokenEvent] = []
         self._tally = Tally()
+        self._figures: list[StepTelemetry] = []
         self.num_tokens = 0
         self.finish_reason: FinishReason | None = None
 
@@ -87,23 +93,35 @@ class _Choice:
         is_first = self.num_tokens == 0
         self.num_tokens += 1
         if event.telemetry is not None:
-            self._tally.add(event.telemetry)
-        self.finish_reason = event.finish_reason
+            self._figures.append(event.telemetry)
+            if len(self._figures) == _MAX_FIGURES:
+                self._add_up()
+        detokenizer = self._detokenizer
         text = ""
         if event.finish_reason != "stop":
             self._waiting.append(event)
-            text = self._detokenizer.push(event.token_id)
+            text = detokenizer.push(event.token_id)
+        if event.finish_reason is not None or detokenizer.is_stopped:
+            return self._end(event, text, is_first)
+        if not text:
+            return Delta(self._index, "", (), is_first)
+        tokens = tuple(self._waiting)
+        self._waiting.clear()
+        return Delta(self._index, text, tokens, is_first)
+
+    def _end(self, event: TokenEvent, text: str, is_first: bool) -> Delta:
         if event.finish_reason is not None:
             text += self._detokenizer.flush()
-        if self._detokenizer.is_stopped:
-            self.finish_reason = "stop"
-        is_over = self.finish_reason is not None
-        tokens: tuple[TokenEvent, ...] = ()
-        if text or (is_over and not self._detokenizer.is_stopped):
-            tokens = tuple(self._waiting)
-            self._waiting.clear()
-        tally = self._tally if is_over else None
-        return Delta(self._index, text, tokens, is_first, self.finish_reason, tally)
+        is_stopped = self._detokenizer.is_stopped
+        self.finish_reason = "stop" if is_stopped else event.finish_reason
+        self._add_up()
+        tokens = () if is_stopped and not text else tuple(self._waiting)
+        return Delta(self._index, text, tokens, is_first, self.finish_reason, self._tally)
+
+    def _add_up(self) -> None:
+        for telemetry in self._figures:
+            self._tally.add(telemetry)
+        self._figures.clear()
 
 
 class Generation:
@@ -138,7 +156,10 @@ class Generation:
         self._num_open = self.num_choices
         self.num_cached_tokens = 0
         self._streams: list[EventStream] = []
-        self._events: AsyncIterator[tuple[int, Event]]
+        self._merged: _Merged | None = None
+        # What has arrived and was not looked at yet, newest first, with the number of its prompt.
+        self._source = 0
+        self._arrived: list[Event] = []
         self._exits = AsyncExitStack()
         self._outcome: Outcome = "abort"
 
@@ -179,10 +200,8 @@ class Generation:
             for request in self._requests:
                 self._streams.append(await exits.enter_async_context(self._engine.submit(request)))
             self._choices = self._make_choices()
-            if len(self._streams) == 1:
-                self._events = _Single(self._streams[0])
-            else:
-                self._events = await exits.enter_async_context(_Merged(self._streams))
+            if len(self._streams) > 1:
+                self._merged = await exits.enter_async_context(_Merged(self._streams))
             self._exits = exits.pop_all()
         return self
 
@@ -195,26 +214,38 @@ class Generation:
             # Only now nothing asks for the aligners any more.
             self._on_left()
 
-    def __aiter__(self) -> Self:
-        return self
+    async def take(self) -> list[Delta]:
+        """A delta for each token that has come since the last call; waits for one, and is empty at the end.
 
-    async def __anext__(self) -> Delta:
-        """The next token's delta; raises the error of a choice that failed."""
-        while self._num_open:
-            source, event = await self._next_event()
-            if not isinstance(event, FailedEvent):
-                self._started.add(source)
-            if isinstance(event, StartedEvent):
-                self.num_cached_tokens += event.num_cached_tokens
-                self._meter.started(event.queue_s, len(self._requests[source].prompt_ids))
-            elif isinstance(event, FailedEvent):
+        Raises the error of a choice that failed, once what came before it was taken.
+        """
+        deltas: list[Delta] = []
+        while self._num_open and not deltas:
+            if not self._arrived:
+                await self._wait()
+            deltas = self._read()
+        return deltas
+
+    def _read(self) -> list[Delta]:
+        """Look at what has arrived, up to a failure; only one that comes first is raised."""
+        deltas: list[Delta] = []
+        while self._arrived and self._num_open:
+            event = self._arrived[-1]
+            if isinstance(event, FailedEvent):
+                if deltas:
+                    break
                 self._outcome = "error"
                 raise self._failed(event.error)
-            else:
-                choice = self._choices[source][event.index]
-                if choice.finish_reason is None:
-                    return self._take(source, event, choice)
-        raise StopAsyncIteration
+            self._arrived.pop()
+            self._started.add(self._source)
+            if isinstance(event, StartedEvent):
+                self.num_cached_tokens += event.num_cached_tokens
+                self._meter.started(event.queue_s, len(self._requests[self._source].prompt_ids))
+                continue
+            choice = self._choices[self._source][event.index]
+            if choice.finish_reason is None:
+                deltas.append(self._push(event, choice))
+        return deltas
 
     def _make_choices(self) -> list[list[_Choice]]:
         """For each prompt its choices; only once the engine has found the prompts' token ids to be some."""
@@ -226,12 +257,16 @@ class Generation:
             for first, request in enumerate(self._requests)
         ]
 
-    async def _next_event(self) -> tuple[int, Event]:
-        try:
-            return await anext(self._events)
-        except StopAsyncIteration:
+    async def _wait(self) -> None:
+        """Have something arrive, or fail."""
+        if self._merged is None:
+            arrived = await self._streams[0].take()
+        else:
+            self._source, arrived = await self._merged.take()
+        if not arrived:
             self._outcome = "error"
-            raise self._failed(EngineUnavailable("The engine ended before the answer did.")) from None
+            raise self._failed(EngineUnavailable("The engine ended before the answer did."))
+        self._arrived = arrived[::-1]
 
     def _failed(self, error: RamError) -> RamError:
         self.failure = error
@@ -243,7 +278,7 @@ class Generation:
         if tell is not None:
             tell(self)
 
-    def _take(self, source: int, event: TokenEvent, choice: _Choice) -> Delta:
+    def _push(self, event: TokenEvent, choice: _Choice) -> Delta:
         delta = choice.push(event)
         self._meter.token(delta.index, event.telemetry)
         if self._texts:
@@ -251,7 +286,7 @@ class Generation:
         if delta.finish_reason is not None:
             if event.finish_reason is None:
                 # A stop string was met, of which the engine knows nothing.
-                self._streams[source].cancel(event.index)
+                self._streams[self._source].cancel(event.index)
             self._num_open -= 1
             if not self._num_open:
                 reasons = {choice.finish_reason for choices in self._choices for choice in choices}
@@ -260,25 +295,12 @@ class Generation:
         return delta
 
 
-class _Single:
-    """Events of the only stream, in the shape of `_Merged`."""
-
-    def __init__(self, stream: EventStream) -> None:
-        self._events = aiter(stream)
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[int, Event]:
-        return 0, await anext(self._events)
-
-
 class _Merged:
     """Events of several streams in the order of their arrival, each with its stream's number."""
 
     def __init__(self, streams: Sequence[EventStream]) -> None:
         self._streams = streams
-        self._arrived: asyncio.Queue[tuple[int, Event] | Exception | None] = asyncio.Queue()
+        self._arrived: asyncio.Queue[tuple[int, list[Event]] | Exception] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
         self._num_open = len(streams)
 
@@ -293,24 +315,23 @@ class _Merged:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> tuple[int, Event]:
+    async def take(self) -> tuple[int, list[Event]]:
+        """A stream's number, and what has come of it; nothing once all have ended."""
         while self._num_open:
             arrived = await self._arrived.get()
             if isinstance(arrived, Exception):
                 raise arrived
-            if arrived is not None:
+            if arrived[1]:
                 return arrived
             self._num_open -= 1
-        raise StopAsyncIteration
+        return 0, []
 
     async def _pump(self, number: int, stream: EventStream) -> None:
         try:
-            async for event in stream:
-                self._arrived.put_nowait((number, event))
+            is_open = True
+            while is_open:
+                events = await stream.take()
+                self._arrived.put_nowait((number, events))
+                is_open = bool(events)
         except Exception as error:
             self._arrived.put_nowait(error)
-        else:
-            self._arrived.put_nowait(None)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from msgspec import Struct
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
@@ -179,6 +180,14 @@ class _Observations:
         self._sum = 0.0
 
 
+class _Drawn(Struct, gc=False):
+    """A token of a choice, when it came, and what the aligner did to it."""
+
+    choice: int
+    at_s: float
+    telemetry: StepTelemetry | None
+
+
 class Meter:
     """Measures one request; `arrived_s` is on `time.perf_counter`'s clock.
 
@@ -189,6 +198,7 @@ class Meter:
     def __init__(self, metrics: Metrics, answered: tuple[str, str], arrived_s: float) -> None:
         self._metrics = metrics
         self._arrived_s = arrived_s
+        self._has_none = True
         self._last_token_s: dict[int, float] = {}
         self._first_token_s = metrics.first_token_s.labels(*answered)
         self._inter_token_s = _Observations(metrics.inter_token_s.labels(*answered))
@@ -203,44 +213,46 @@ class Meter:
         self._fallbacks = metrics.fallbacks.labels(*answered)
         self._answered = answered
         self._told_s = arrived_s
-        self._num_tokens = self._num_aligned = self._num_fallbacks = 0
+        self._drawn: list[_Drawn] = []
 
     def started(self, queue_s: float, num_prompt_tokens: int) -> None:
         self._queue_s.observe(queue_s)
         self._prompt_tokens.inc(num_prompt_tokens)
 
     def token(self, choice: int, telemetry: StepTelemetry | None) -> None:
-        now = time.perf_counter()
-        if choice in self._last_token_s:
-            self._inter_token_s.observe(now - self._last_token_s[choice])
-        elif not self._last_token_s:
-            self._first_token_s.observe(now - self._arrived_s)
-        self._last_token_s[choice] = now
-        self._num_tokens += 1
-        if telemetry is not None:
-            self._aligned(telemetry)
-        if now - self._told_s > _TELL_S:
-            self._told_s = now
+        now_s = time.perf_counter()
+        if self._has_none:
+            self._has_none = False
+            self._first_token_s.observe(now_s - self._arrived_s)
+        self._drawn.append(_Drawn(choice, now_s, telemetry))
+        if now_s - self._told_s > _TELL_S:
+            self._told_s = now_s
             self._tell()
 
-    def _aligned(self, telemetry: StepTelemetry) -> None:
-        self._num_aligned += 1
-        self._num_fallbacks += telemetry.is_fallback
-        for metric, value in (
-            (self._kl_p_q, telemetry.kl_p_q),
-            (self._kl_pi_p, telemetry.kl_pi_p),
-            (self._ess, telemetry.ess),
-        ):
-            if not math.isnan(value):
-                metric.observe(value)
-
     def _tell(self) -> None:
-        self._generation_tokens.inc(self._num_tokens)
-        self._aligned_tokens.inc(self._num_aligned)
-        self._fallbacks.inc(self._num_fallbacks)
-        self._num_tokens = self._num_aligned = self._num_fallbacks = 0
+        """Count what was drawn since the last time: all at once, that is a fraction of one by one."""
+        drawn, self._drawn = self._drawn, []
+        for token in drawn:
+            last_s = self._last_token_s.get(token.choice)
+            if last_s is not None:
+                self._inter_token_s.observe(token.at_s - last_s)
+            self._last_token_s[token.choice] = token.at_s
+        self._generation_tokens.inc(len(drawn))
+        self._tell_aligned([token.telemetry for token in drawn if token.telemetry is not None])
         for observations in (self._inter_token_s, self._kl_p_q, self._kl_pi_p, self._ess):
             observations.tell()
+
+    def _tell_aligned(self, figures: list[StepTelemetry]) -> None:
+        self._aligned_tokens.inc(len(figures))
+        self._fallbacks.inc(sum(each.is_fallback for each in figures))
+        for each in figures:
+            for metric, value in (
+                (self._kl_p_q, each.kl_p_q),
+                (self._kl_pi_p, each.kl_pi_p),
+                (self._ess, each.ess),
+            ):
+                if not math.isnan(value):
+                    metric.observe(value)
 
     def ended(self, outcome: Outcome) -> None:
         self._tell()

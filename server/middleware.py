@@ -6,6 +6,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Awaitable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -46,14 +47,14 @@ class AnswerMiddleware:
         request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
         status = 0
 
-        async def send_with_headers(message: Message) -> None:
+        def send_with_headers(message: Message) -> Awaitable[None]:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(int((time.perf_counter() - arrived_s) * 1000))
-            await send(message)
+            return send(message)
 
         try:
             await self._app(scope, receive, send_with_headers)
@@ -96,10 +97,10 @@ class KeyMiddleware:
         ledger = caller.ledger
         scope["state"]["caller"] = caller
 
-        async def send_with_headers(message: Message) -> None:
+        def send_with_headers(message: Message) -> Awaitable[None]:
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message).update(ledger.headers())
-            await send(message)
+            return send(message)
 
         await self._app(scope, receive, send_with_headers)
 

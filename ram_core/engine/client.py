@@ -35,6 +35,9 @@ class EventStream(Protocol):
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
 
+    async def take(self) -> list[Event]:
+        """All events that have come since the last call; waits for one, and is empty after the last."""
+
     def cancel(self, index: int | None = None) -> None:
         """Stop choice `index` (all of them without one); no further event of it arrives."""
 

@@ -26,8 +26,8 @@ class RequestStream:
         self._choices = range(request.num_choices)
         self._open = set(self._choices)
         self._cancelled: set[int] = set()
-        # None says that nothing more will come.
-        self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._arrived: list[Event] = []
+        self._waiting: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> RequestStream:
         return self
@@ -36,9 +36,22 @@ class RequestStream:
         self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[Event]:
-        while (event := await self._events.get()) is not None:
-            if isinstance(event, StartedEvent) or event.index not in self._cancelled:
-                yield event
+        while events := await self.take():
+            for event in events:
+                # The last one's reader may have cancelled a choice.
+                if not self._is_unwanted(event):
+                    yield event
+
+    async def take(self) -> list[Event]:
+        """All events that have come since the last call; waits for one, and is empty after the last."""
+        while True:
+            arrived, self._arrived = self._arrived, []
+            if self._cancelled:
+                arrived = [event for event in arrived if not self._is_unwanted(event)]
+            if arrived or not self._open:
+                return arrived
+            self._waiting = self.loop.create_future()
+            await self._waiting
 
     def cancel(self, index: int | None = None) -> None:
         """Stop choice `index` (all of them without one); no further event of it arrives."""
@@ -52,11 +65,12 @@ class RequestStream:
     def deliver(self, event: Event) -> None:
         """Take an event from the engine."""
         if isinstance(event, StartedEvent):
-            self._events.put_nowait(event)
+            self._arrived.append(event)
         elif event.index in self._open:
-            self._events.put_nowait(event)
+            self._arrived.append(event)
             if isinstance(event, FailedEvent) or event.finish_reason is not None:
                 self._close(event.index)
+        self._wake()
 
     def fail(self, error: EngineUnavailable) -> None:
         """End every open choice with `error`."""
@@ -72,7 +86,14 @@ class RequestStream:
         self._open.discard(index)
         self._streams.release(self)
         if not self._open:
-            self._events.put_nowait(None)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
+
+    def _is_unwanted(self, event: Event) -> bool:
+        return not isinstance(event, StartedEvent) and event.index in self._cancelled
 
 
 class OpenStreams:

@@ -63,12 +63,20 @@ class GracefulServer(uvicorn.Server):
         running = set(self.server_state.tasks)
         while running and not self.force_exit and not ending.done():
             _, running = await asyncio.wait(running, timeout=_LOOK_S)
+        hanging_up = asyncio.create_task(self._hang_up_after(_LAST_WORDS_S / 2))
         await super().shutdown(sockets)
-        ending.cancel()
+        for task in (ending, hanging_up):
+            task.cancel()
 
     async def _close_after(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
         await self._serving.close()
+
+    async def _hang_up_after(self, delay_s: float) -> None:
+        """Drop clients that do not read even their last words; uvicorn would call that our error."""
+        await asyncio.sleep(delay_s)
+        for connection in self.server_state.connections:
+            connection.transport.abort()
 
 
 def run(settings: Settings) -> None:

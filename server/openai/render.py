@@ -42,8 +42,8 @@ from server.openai.schema import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_FILLER = f'"{uuid.uuid4().hex}"'
-"""A text, as JSON, that no model's name holds."""
+_FILLER = uuid.uuid4().hex
+"""A text that no model's name holds."""
 NOT_FINITE_LOG_PROB = -9999.0
 """What OpenAI reports where a log-probability is no number."""
 
@@ -72,11 +72,11 @@ class Renderer(Protocol):
     def begin(self, lease: Lease, alignment: AlignmentParams) -> None:
         """Learn which aligners were lent for the answer, and how they act; before anything else is asked."""
 
-    def chunks(self, delta: Delta) -> Iterable[str]:
-        """What a stream tells of one delta, as JSON."""
+    def events(self, delta: Delta) -> list[bytes]:
+        """What a stream tells of one delta: server-sent events, a chunk in each."""
 
-    def usage_chunk(self, usage: CompletionUsage) -> str:
-        """The chunk without choices that ends a stream which asked for usage."""
+    def usage_event(self, usage: CompletionUsage) -> bytes:
+        """The event without choices that ends a stream which asked for usage."""
 
     def answer(self, transcripts: Sequence[Transcript], usage: CompletionUsage) -> str:
         """The plain answer, as JSON."""
@@ -106,7 +106,7 @@ class _Head:
         self._tokenizer = tokenizer
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
-        self._frames: dict[int, tuple[str, str]] = {}
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
         self._lease, self._alignment = NOTHING, ask.alignment
 
     def begin(self, lease: Lease, alignment: AlignmentParams) -> None:
@@ -120,16 +120,16 @@ class _Head:
         usage: dict[str, Any] = {"usage": None} if self._ask.wants_usage else {}
         return self._fields(self.chunk_object) | usage
 
-    def _text_chunk(self, index: int, text: str) -> str:
-        """A chunk that holds text and nothing else: rendered once a choice, and then filled in."""
-        if index not in self._frames:
-            before, after = self._text_frame(index).split(_FILLER)
-            self._frames[index] = (before, after)
-        before, after = self._frames[index]
-        return f"{before}{to_json(text).decode()}{after}"
+    def _text_event(self, index: int, text: str) -> bytes:
+        """An event of text and nothing else: rendered once a choice, and then filled in."""
+        frame = self._frames.get(index)
+        if frame is None:
+            before, after = _event(self._text_chunk(index, _FILLER)).split(f'"{_FILLER}"'.encode())
+            frame = self._frames[index] = (before, after)
+        return b"%b%b%b" % (frame[0], to_json(text), frame[1])
 
-    def _text_frame(self, index: int) -> str:
-        """The chunk whose text is `_FILLER`."""
+    def _text_chunk(self, index: int, text: str) -> BaseModel:
+        """A chunk of text and nothing else."""
         raise NotImplementedError
 
     @property
@@ -162,23 +162,25 @@ class ChatRenderer(_Head):
     answer_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def chunks(self, delta: Delta) -> Iterable[str]:
+    def events(self, delta: Delta) -> list[bytes]:
+        events = []
         if delta.is_first:
-            yield self._chunk(delta.index, ChoiceDelta(role="assistant", content=""))
+            events.append(_event(self._chunk(delta.index, ChoiceDelta(role="assistant", content=""))))
         if self._is_plain:
             if delta.text:
-                yield self._text_chunk(delta.index, delta.text)
+                events.append(self._text_event(delta.index, delta.text))
         elif delta.text or delta.tokens:
-            yield self._chunk(delta.index, ChoiceDelta(content=delta.text), tokens=delta.tokens)
+            content = ChoiceDelta(content=delta.text)
+            events.append(_event(self._chunk(delta.index, content, tokens=delta.tokens)))
         if delta.finish_reason is not None:
             summary = self._summary(delta.tally or Tally())
-            yield self._chunk(delta.index, ChoiceDelta(), delta.finish_reason, summary=summary)
+            events.append(
+                _event(self._chunk(delta.index, ChoiceDelta(), delta.finish_reason, summary=summary))
+            )
+        return events
 
-    def _text_frame(self, index: int) -> str:
-        return self._chunk(index, ChoiceDelta(content=_FILLER[1:-1]))
-
-    def usage_chunk(self, usage: CompletionUsage) -> str:
-        return _json(AlignedChatChunk(choices=[], **self._fields(self.chunk_object) | {"usage": usage}))
+    def usage_event(self, usage: CompletionUsage) -> bytes:
+        return _event(AlignedChatChunk(choices=[], **self._fields(self.chunk_object) | {"usage": usage}))
 
     def answer(self, transcripts: Sequence[Transcript], usage: CompletionUsage) -> str:
         choices = [self._choice(index, transcript) for index, transcript in enumerate(transcripts)]
@@ -193,7 +195,7 @@ class ChatRenderer(_Head):
         *,
         tokens: Sequence[TokenEvent] = (),
         summary: dict[str, Any] | None = None,
-    ) -> str:
+    ) -> AlignedChatChunk:
         log_probs = AlignedChunkLogprobs(content=self._log_probs(tokens), refusal=None)
         choice = AlignedChunkChoice(
             index=index,
@@ -202,7 +204,10 @@ class ChatRenderer(_Head):
             logprobs=log_probs if tokens and self._ask.wants_log_probs else None,
             **(self._figures(tokens) if tokens else {}),
         )
-        return _json(AlignedChatChunk(choices=[choice], **self._chunk_fields() | (summary or {})))
+        return AlignedChatChunk(choices=[choice], **self._chunk_fields() | (summary or {}))
+
+    def _text_chunk(self, index: int, text: str) -> AlignedChatChunk:
+        return self._chunk(index, ChoiceDelta(content=text))
 
     def _choice(self, index: int, transcript: Transcript) -> AlignedChatChoice:
         log_probs = None
@@ -246,23 +251,18 @@ class CompletionRenderer(_Head):
         super().__init__(ask, tokenizer)
         self._offsets: dict[int, int] = {}
 
-    def chunks(self, delta: Delta) -> Iterable[str]:
+    def events(self, delta: Delta) -> list[bytes]:
         is_over = delta.finish_reason is not None
         if not (delta.text or delta.tokens or is_over or delta.is_first):
-            return
+            return []
         if self._is_plain and not is_over:
-            yield self._text_chunk(delta.index, delta.text)
-            return
+            return [self._text_event(delta.index, delta.text)]
         summary = self._summary(delta.tally or Tally()) if is_over else {}
         choice = self._choice(delta.index, delta.text, delta.tokens, delta.finish_reason)
-        yield _json(AlignedCompletion(choices=[choice], **self._chunk_fields() | summary))
+        return [_event(AlignedCompletion(choices=[choice], **self._chunk_fields() | summary))]
 
-    def _text_frame(self, index: int) -> str:
-        choice = self._choice(index, _FILLER[1:-1], (), None)
-        return _json(AlignedCompletion(choices=[choice], **self._chunk_fields()))
-
-    def usage_chunk(self, usage: CompletionUsage) -> str:
-        return _json(AlignedCompletion(choices=[], **self._fields(self.chunk_object) | {"usage": usage}))
+    def usage_event(self, usage: CompletionUsage) -> bytes:
+        return _event(AlignedCompletion(choices=[], **self._fields(self.chunk_object) | {"usage": usage}))
 
     def answer(self, transcripts: Sequence[Transcript], usage: CompletionUsage) -> str:
         choices = [
@@ -282,6 +282,10 @@ class CompletionRenderer(_Head):
             logprobs=self._log_probs(index, tokens) if tokens and self._ask.wants_log_probs else None,
             **self._figures(tokens),
         )
+
+    def _text_chunk(self, index: int, text: str) -> AlignedCompletion:
+        choice = self._choice(index, text, (), None)
+        return AlignedCompletion(choices=[choice], **self._chunk_fields())
 
     def _log_probs(self, index: int, tokens: Sequence[TokenEvent]) -> AlignedLogprobs:
         texts = [token_text(self._tokenizer, token.token_id) for token in tokens]
@@ -346,3 +350,7 @@ def _figures(telemetry: StepTelemetry | None) -> TokenAlignment | None:
 
 def _json(model: BaseModel) -> str:
     return model.model_dump_json(exclude_unset=True)
+
+
+def _event(chunk: BaseModel) -> bytes:
+    return b"data: " + _json(chunk).encode() + b"\n\n"

@@ -192,8 +192,9 @@ async def _stream(generation: Generation, renderer: Renderer, serving: Serving, 
 async def _whole(generation: Generation, renderer: Renderer) -> Response:
     async with generation:
         transcripts = [Transcript() for _ in range(generation.num_choices)]
-        async for delta in generation:
-            transcripts[delta.index].add(delta)
+        while deltas := await generation.take():
+            for delta in deltas:
+                transcripts[delta.index].add(delta)
     return Response(renderer.answer(transcripts, count_usage(generation)), media_type="application/json")
 
 

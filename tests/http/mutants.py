@@ -7,6 +7,8 @@ _ANSWERS = ("tests/http/test_answers.py",)
 _BAD_INPUT = ("tests/http/test_bad_input.py",)
 _HANG_UP = ("tests/http/test_hang_up.py",)
 _ERRORS = ("tests/http/test_errors.py",)
+_LINE = ("tests/unit/test_stream_line.py",)
+_GENERATION = ("tests/unit/test_generation.py",)
 _METRICS = ("tests/http/test_models_health_metrics.py",)
 _CONVERT = ("tests/unit/test_server_convert.py",)
 _SETTINGS = ("tests/unit/test_server_settings.py",)
@@ -14,19 +16,37 @@ _SETTINGS = ("tests/unit/test_server_settings.py",)
 SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     (
         "server/streaming.py",
-        "                await self._generation.__aexit__()",
-        "                pass",
+        "            await self._generation.__aexit__()",
+        "            pass",
         _HANG_UP,
     ),
-    ("server/streaming.py", "for task in (working, watching):", "for task in (watching,):", _HANG_UP),
+    ("server/streaming.py", "        working.cancel()\n", "", _HANG_UP),
     ("server/streaming.py", "            first.result()\n", "            pass\n", _STREAMS),
-    ("server/streaming.py", "            yield error_event(error)\n", "", _STREAMS),
-    ("server/streaming.py", "            if self._wants_usage:", "            if True:", _STREAMS),
+    ("server/streaming.py", "            last = error_event(error)\n", "            last = b''\n", _STREAMS),
+    ("server/streaming.py", 'if self._wants_usage else b""', "", _STREAMS),
     ("server/streaming.py", "timeout=settings.ping_s)", "timeout=None)", _STREAMS),
-    ("server/streaming.py", "send_timeout=settings.send_timeout_s", "send_timeout=None", _HANG_UP),
+    ("server/streaming.py", ", line.watch())", ")", _HANG_UP),
+    ("server/streaming.py", "        self._is_sending = False\n\n\nasync", "\n\nasync", _LINE),
+    (
+        "server/streaming.py",
+        "self._since_s = self._now_s()\n        self._is_sending = True",
+        "self._is_sending = True",
+        _LINE,
+    ),
+    ("server/streaming.py", "sleep(min(left_s, self._send_timeout_s))", "sleep(left_s)", _LINE),
+    ("server/streaming.py", "        if self._pinging is not None:", "        if False:", _LINE),
+    ("server/streaming.py", "            elif self._is_sending:", "            elif False:", _LINE),
+    ("server/commands/serve.py", "            connection.transport.abort()", "            pass", _HANG_UP),
+    ("server/generation.py", "                if deltas:\n                    break\n", "", _GENERATION),
+    ("server/generation.py", "self._arrived = arrived[::-1]", "self._arrived = arrived", _GENERATION),
     ("server/streaming.py", "if not isinstance(error, RamError):", "if False:", _STREAMS),
     ("server/generation.py", "self._streams[source].cancel(event.index)", "pass", _STREAMS),
-    ("server/generation.py", "if event.finish_reason is None:", "if False:", _STREAMS),
+    (
+        "server/generation.py",
+        "            if event.finish_reason is None:\n                # A stop",
+        "            if False:\n                # A stop",
+        _STREAMS,
+    ),
     ("server/generation.py", 'if event.finish_reason != "stop":', "if True:", _ANSWERS),
     ("server/generation.py", "first * request.num_choices + index", "index", _STREAMS),
     ("server/generation.py", "text += self._detokenizer.flush()", "pass", _STREAMS),

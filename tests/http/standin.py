@@ -122,6 +122,7 @@ class ScriptedStream:
         self._request = request
         self._cancelled: set[int] = set()
         self._open = set(range(request.num_choices))
+        self._events = aiter(self)
 
     async def __aenter__(self) -> ScriptedStream:
         return self
@@ -147,6 +148,10 @@ class ScriptedStream:
                 yield item
             if not self._open:
                 return
+
+    async def take(self) -> list[Event]:
+        event = await anext(self._events, None)
+        return [] if event is None else [event]
 
     def cancel(self, index: int | None = None) -> None:
         for choice in sorted(self._open) if index is None else [index]:

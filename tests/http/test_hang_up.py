@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
+import logging
 import socket
+import threading
 import time
 
 import httpx
 import pytest
+import uvicorn
 
-from tests.http.standin import PATIENCE_S, Gate, ScriptedEngine, chat, live, say
+from server.app import create_app
+from server.commands import serve
+from server.settings import Settings
+from tests.http.standin import (
+    PATIENCE_S,
+    Gate,
+    ScriptedEngine,
+    chat,
+    live,
+    loaded_of,
+    say,
+    wait_until,
+)
 
 BODIES = [
     ("/v1/chat/completions", chat()),
@@ -98,6 +114,36 @@ def test_a_client_that_stops_reading_loses_its_place():
     ):
         assert connection.recv(15) == b"HTTP/1.1 200 OK"
         assert everything_cancelled(engine, 1)
+
+
+def test_clients_that_read_nothing_are_dropped_when_the_server_leaves(monkeypatch, caplog):
+    monkeypatch.setattr(serve, "_LAST_WORDS_S", 1.0)
+
+    def script(request):
+        for _ in range(20_000):
+            yield from say(request, "dog " * 50, finish=None)
+
+    engine = ScriptedEngine(script)
+    servers = []
+
+    async def run() -> None:
+        app = create_app(Settings(served_model_name="big", shutdown_grace_s=0.0), loaded_of(engine))
+        config = uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=5, ws="none")
+        servers.append(serve.GracefulServer(config, app.state.serving))
+        await servers[0].serve()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
+    thread.start()
+    wait_until(lambda: servers and servers[0].started)
+    port = servers[0].servers[0].sockets[0].getsockname()[1]
+    with raw_request(f"http://127.0.0.1:{port}", "/v1/chat/completions", chat(stream=True)) as connection:
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        wait_until(lambda: any(at.flow.write_paused for at in servers[0].server_state.connections))
+        servers[0].should_exit = True
+        thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+    assert not engine.left.empty()
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 def test_hanging_up_while_sending_is_no_error(server, client, engine, caplog):

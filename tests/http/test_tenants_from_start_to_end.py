@@ -157,8 +157,8 @@ def test_the_end_is_told_before_anybody_hears_of_it(is_failing):
         on_end = lambda generation: told.append(generation.outcome)  # noqa: E731
         async with Generation(ScriptedEngine(script), TOKENIZER, requests, meter, on_end) as generation:
             try:
-                async for delta in generation:
-                    assert len(told) == (delta.finish_reason is not None)
+                while deltas := await generation.take():
+                    assert len(told) == (deltas[-1].finish_reason is not None)
             except NonFiniteLogits:
                 assert told
 
