@@ -1,4 +1,4 @@
-"""`ram aligner list|load|unload|promote|rollback`: the aligners of a running server, by its admin API."""
+"""`ram aligner list|compare|load|unload|promote|rollback`: a running server's aligners, by its admin API."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ Wait = Annotated[
 ]
 
 _POLL_S = 0.25
+_MEASURES = ("requests", "errors", "tokens", "KL(p‖q)", "KL(π‖p)", "ESS", "fallbacks")
 
 Answer = TypeVar("Answer")
 
@@ -56,6 +57,21 @@ def list_aligners(
         typer.echo(json.dumps(told, indent=2))
     else:
         _print_aligners(told["data"] if name is None else [told])
+
+
+@remote_app.command()
+def compare(name: Name, url: Url = DEFAULT_URL, key: Key = "", is_json: AsJson = False) -> None:
+    """Show side by side what was measured of an aligner's versions, since the server began."""
+    told = _with_client(url, key, lambda client: client.aligner(name))
+    if is_json:
+        measured = {version["version"]: version["measured"] for version in told["versions"]}
+        typer.echo(json.dumps(measured, indent=2))
+        return
+    table = new_table("version", "share", *_MEASURES)
+    for version in told["versions"]:
+        share = _percent(told["shares"].get(version["version"]))
+        add_row(table, version["version"], share, *_measures_of(version["measured"]))
+    make_console().print(table)
 
 
 @remote_app.command()
@@ -236,6 +252,16 @@ def _cells_of(aligner: dict[str, Any], version: dict[str, Any]) -> list[str]:
         str(version["references"]),
         _ago(version["last_used"]),
         " ".join(word for word in ("pinned", "preset") if version[word]),
+    ]
+
+
+def _measures_of(measured: dict[str, Any]) -> list[str]:
+    means = [measured["mean_kl_p_q"], measured["mean_kl_pi_p"], measured["mean_ess"]]
+    num_aligned = measured["aligned_tokens"]
+    return [
+        *(f"{measured[field]:,}" for field in ("requests", "errors", "tokens")),
+        *("–" if mean is None else f"{mean:.3f}" for mean in means),
+        f"{measured['fallbacks'] / num_aligned:.1%}" if num_aligned else "–",
     ]
 
 

@@ -106,6 +106,22 @@ class LoraUnload(BaseModel):
     lora_name: Annotated[str, Field(min_length=1)]
 
 
+class Measured(BaseModel):
+    """What requests have shown of a version since the server began; means are over aligned tokens, in nats.
+
+    `fallbacks` are tokens at which the gate fell back to the proposal; null is a mean of nothing.
+    """
+
+    requests: int
+    errors: int
+    tokens: int
+    aligned_tokens: int
+    fallbacks: int
+    mean_kl_p_q: float | None
+    mean_kl_pi_p: float | None
+    mean_ess: float | None
+
+
 class VersionInfo(BaseModel):
     """One version of an aligner, and what its manifest says.
 
@@ -131,6 +147,7 @@ class VersionInfo(BaseModel):
     strength: float
     resampling: str
     kl_threshold: float | None
+    measured: Measured
 
 
 class AlignerInfo(BaseModel):

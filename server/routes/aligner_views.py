@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 
@@ -9,19 +10,21 @@ from ram_core.aligners.manifest import Manifest
 from ram_core.aligners.states import VersionStatus
 from server.aligners.known import Origin
 from server.aligners.service import AlignerService, AlignerView
-from server.openai.admin_schema import AlignerInfo, AlignerList, VersionInfo
+from server.figures import figures_of
+from server.metrics import Metrics
+from server.openai.admin_schema import AlignerInfo, AlignerList, Measured, VersionInfo
 
 
-def list_of(service: AlignerService) -> AlignerList:
+def list_of(service: AlignerService, metrics: Metrics) -> AlignerList:
     """All aligners, and their memory."""
     return AlignerList(
         memory_bytes=service.memory_bytes,
         held_bytes=service.held_bytes,
-        data=[info_of(view) for view in service.status()],
+        data=[info_of(view, metrics) for view in service.status()],
     )
 
 
-def info_of(view: AlignerView) -> AlignerInfo:
+def info_of(view: AlignerView, metrics: Metrics) -> AlignerInfo:
     """One aligner."""
     status = view.status
     return AlignerInfo(
@@ -31,7 +34,7 @@ def info_of(view: AlignerView) -> AlignerInfo:
         earlier_shares=[dict(shares) for shares in status.earlier_shares],
         defaults=_defaults_of(view),
         versions=[
-            _version_of(each, view.manifests[each.key.version], view.origins[each.key.version])
+            _version_of(each, view.manifests[each.key.version], view.origins[each.key.version], metrics)
             for each in status.versions
         ],
     )
@@ -49,7 +52,7 @@ def _defaults_of(view: AlignerView) -> dict[str, float | str | None]:
     return given
 
 
-def _version_of(status: VersionStatus, manifest: Manifest, origin: Origin) -> VersionInfo:
+def _version_of(status: VersionStatus, manifest: Manifest, origin: Origin, metrics: Metrics) -> VersionInfo:
     # The registry's clock is the monotonic one.
     idle_s = time.monotonic() - status.last_used_s
     return VersionInfo(
@@ -70,4 +73,5 @@ def _version_of(status: VersionStatus, manifest: Manifest, origin: Origin) -> Ve
         strength=manifest.strength,
         resampling=manifest.resampling.value,
         kl_threshold=manifest.kl_threshold,
+        measured=Measured(**dataclasses.asdict(figures_of(metrics, *status.key))),
     )

@@ -64,7 +64,7 @@ router = APIRouter(tags=["admin"], dependencies=[Depends(require_admin)], respon
 @router.get("/v1/aligners")
 async def list_aligners(request: Request) -> AlignerList:
     """All aligners: versions, states, shares, memory."""
-    return list_of(service_of(request))
+    return list_of(service_of(request), serving_of(request).metrics)
 
 
 @router.post(
@@ -85,7 +85,7 @@ async def add_aligner(request: Request, wait: Wait = 0.0) -> JSONResponse:
     if body.load or body.pin:
         service.load(key.name, key.version, is_pinned=body.pin)
         is_done = await within(request, wait, service.wait_loaded(key.name, key.version))
-    info = info_of(service.status_of(key.name))
+    info = _info(request, key.name)
     added = AlignerAdded(**info.model_dump(), version=key.version)
     return JSONResponse(added.model_dump(), status_code=201 if is_done else 202)
 
@@ -93,7 +93,7 @@ async def add_aligner(request: Request, wait: Wait = 0.0) -> JSONResponse:
 @router.get("/v1/aligners/{name:path}")
 async def get_aligner(request: Request, name: str) -> AlignerInfo:
     """One aligner; names may hold a slash."""
-    return info_of(service_of(request).status_of(name))
+    return _info(request, name)
 
 
 @router.patch("/v1/aligners/{name:path}", openapi_extra=describe_body(Patch))
@@ -107,7 +107,7 @@ async def patch_aligner(request: Request, name: str) -> AlignerInfo:
         kl_threshold=body.gate,
         is_pinned=body.pinned,
     )
-    return info_of(service.status_of(name))
+    return _info(request, name)
 
 
 @router.delete("/v1/aligners/{name:path}", responses=_NOT_YET, response_model=AlignerDeleted)
@@ -117,7 +117,7 @@ async def delete_aligner(request: Request, name: str, wait: Wait = 0.0) -> JSONR
     service.remove(name)
     if await within(request, wait, _gone(service, name)):
         return JSONResponse(AlignerDeleted(name=name).model_dump())
-    return JSONResponse(info_of(service.status_of(name)).model_dump(), status_code=202)
+    return JSONResponse(_info(request, name).model_dump(), status_code=202)
 
 
 @router.post(
@@ -131,7 +131,7 @@ async def load_aligner(request: Request, name: str, wait: Wait = 0.0) -> JSONRes
     service, body = service_of(request), await _read(request, Load)
     service.load(name, body.version, is_pinned=body.pin)
     is_done = await within(request, wait, service.wait_loaded(name, body.version))
-    return _state(service, name, is_done)
+    return _state(request, name, is_done)
 
 
 @router.post(
@@ -145,7 +145,7 @@ async def unload_aligner(request: Request, name: str, wait: Wait = 0.0) -> JSONR
     service, body = service_of(request), await _read(request, Unload)
     service.unload(name, body.version)
     is_done = await within(request, wait, _freed(service, name, body.version))
-    return _state(service, name, is_done)
+    return _state(request, name, is_done)
 
 
 @router.post(
@@ -159,7 +159,7 @@ async def promote_aligner(request: Request, name: str, wait: Wait = 0.0) -> JSON
     service, body = service_of(request), await _read(request, Promotion)
     service.promote(name, body.weights)
     is_done = await within(request, wait, service.wait_promoted(name))
-    return _state(service, name, is_done)
+    return _state(request, name, is_done)
 
 
 @router.post(
@@ -173,7 +173,7 @@ async def roll_aligner_back(request: Request, name: str, wait: Wait = 0.0) -> JS
     service, _ = service_of(request), await _read(request, Rollback)
     service.rollback(name)
     is_done = await within(request, wait, service.wait_promoted(name))
-    return _state(service, name, is_done)
+    return _state(request, name, is_done)
 
 
 def service_of(request: Request) -> AlignerService:
@@ -227,5 +227,9 @@ async def _freed(service: AlignerService, name: str, version: str | None) -> Non
         await service.wait_change()
 
 
-def _state(service: AlignerService, name: str, is_done: bool) -> JSONResponse:
-    return JSONResponse(info_of(service.status_of(name)).model_dump(), status_code=200 if is_done else 202)
+def _info(request: Request, name: str) -> AlignerInfo:
+    return info_of(service_of(request).status_of(name), serving_of(request).metrics)
+
+
+def _state(request: Request, name: str, is_done: bool) -> JSONResponse:
+    return JSONResponse(_info(request, name).model_dump(), status_code=200 if is_done else 202)

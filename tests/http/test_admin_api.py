@@ -41,6 +41,7 @@ def test_everything_about_an_aligner_is_told(house):
     }
     assert time.time() - 60 < version.pop("last_used") <= time.time()
     assert version.pop("bytes") > 10_000
+    assert version.pop("measured")["requests"] == 1
     assert version == {
         "version": "v1",
         "state": "resident",
@@ -240,18 +241,21 @@ def test_a_pinned_aligner_is_loaded_and_stays(house):
 
 
 def test_adapters_come_and_go_by_vllms_paths(house):
-    path = house.stage("terse")
-    answer = house.admin.post("/v1/load_lora_adapter", json={"lora_name": "lora", "lora_path": path})
+    def ask(verb, **fields):
+        return house.admin.post(f"/v1/{verb}_lora_adapter", json={"lora_name": "lora", **fields})
+
+    answer = ask("load", lora_path=house.stage("terse"))
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'lora' added successfully.")
-    house.text_of("lora")
-    answer = house.admin.post("/v1/unload_lora_adapter", json={"lora_name": "lora", "lora_int_id": 7})
+    terse = house.text_of("lora")
+    # The last one answers; paths may be absolute, as long as they lead below the root.
+    polite = str(house.root / house.stage("polite"))
+    assert ask("load", lora_path=polite, load_inplace=True).status_code == 200
+    assert house.text_of("lora") == house.text_of("polite") != terse
+    assert error_of(ask("load", lora_path=str(house.root.parent)))[0] == 400
+    answer = ask("unload", lora_int_id=7)
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'lora' removed successfully.")
     assert house.admin.post(CHAT, json=chat(model="lora")).status_code == 404
-    assert error_of(house.admin.post("/v1/unload_lora_adapter", json={"lora_name": "lora"}))[0] == 404
-    absolute = {"lora_name": "lora", "lora_path": str(house.root / path), "load_inplace": True}
-    assert house.admin.post("/v1/load_lora_adapter", json=absolute).status_code == 200
-    outside = {"lora_name": "lora", "lora_path": str(house.root.parent)}
-    assert error_of(house.admin.post("/v1/load_lora_adapter", json=outside))[0] == 400
+    assert error_of(ask("unload"))[0] == 404
 
 
 def test_vllms_paths_are_not_there_unless_they_are_wanted():

@@ -1,4 +1,4 @@
-"""`ram aligner list|load|unload|promote|rollback` against a live server."""
+"""`ram aligner list|compare|load|unload|promote|rollback` against a live server."""
 
 from __future__ import annotations
 
@@ -66,6 +66,27 @@ def test_people_get_a_table(house, run):
     assert (code, row_of(output, "polite")[:4]) == (0, row[:4])
 
 
+def test_versions_are_compared_by_what_was_measured_of_them(house, run):
+    first = house.add("rivals", house.stage("polite"), load=True)["version"]
+    second = house.add("rivals", house.stage("terse"))["version"]
+    house.text_of("rivals", alignment={"kl_threshold": -1.0})
+    house.text_of("rivals", alignment={"strength": 2.0})
+    measured = told(run("compare", "rivals", "--json"))
+    assert measured == {
+        version["version"]: version["measured"] for version in house.get("rivals")["versions"]
+    }
+    assert measured[first].items() >= {"requests": 2, "errors": 0, "tokens": 16, "fallbacks": 8}.items()
+    assert measured[first]["mean_kl_p_q"] > 0
+    assert 0 < measured[first]["mean_ess"] <= 1
+    assert measured[second] == dict.fromkeys(measured[first], 0) | dict.fromkeys(
+        ("mean_kl_p_q", "mean_kl_pi_p", "mean_ess")
+    )
+    _, output, _ = run("compare", "rivals")
+    assert row_of(output, first)[1:5] == ["100%", "2", "0", "16"]
+    assert row_of(output, first)[-1] == "50.0%"
+    assert row_of(output, second)[-4:] == ["–"] * 4
+
+
 def test_a_failed_version_says_why(house, run):
     path = house.stage()
     (house.root / path / "model.safetensors").write_bytes(b"broken")
@@ -89,6 +110,7 @@ def test_what_is_not_done_in_time_is_begun_and_has_a_code_of_its_own(house, run)
     [
         (["load", "nobody"], "There is no aligner `nobody`"),
         (["unload", "nobody"], "There is no aligner `nobody`"),
+        (["compare", "nobody"], "There is no aligner `nobody`"),
         (["list", "nobody"], "There is no aligner `nobody`"),
         (["load", "polite", "--version", "v9"], "has no version `v9`"),
         (["load", "new", "--path", "../up"], "no such directory"),

@@ -51,7 +51,6 @@ ADMIN_MUTANTS = [
     *mutants("server/routes/aligner_views.py", _API, ("time.time() - idle_s", "status.last_used_s")),
     *mutants("server/routes/lora.py", _API, ("service.promote(key.name, key.version)", "pass")),
     *mutants("server/openai/admin_schema.py", _REFUSALS, ('extra="forbid"', 'extra="ignore"')),
-    *mutants("ram_core/models/source.py", _REFUSALS, ("_HUB_ID.fullmatch(hub_id)", "hub_id")),
     *mutants(
         "server/aligners/known.py",
         _REFUSALS,
@@ -70,6 +69,12 @@ ADMIN_MUTANTS = [
         _CLI,
         ("typer.Exit(0 if is_done else NOT_YET)", "typer.Exit(0)"),
         ("float(weight or 1)", "1.0"),
+    ),
+    *mutants(
+        "server/figures.py",
+        _CLI,
+        ("(*labels, outcome)) for outcome in OUTCOMES", '(*labels, "stop")) for _ in (0,)'),
+        ("float(child._sum.get()) / count", "float(child._sum.get())"),
     ),
     *mutants("server/commands/admin_client.py", _CLI, ("if _is_seal(key):", "if False:")),
 ]
