@@ -16,6 +16,7 @@ import torch
 from ram_core.aligners.manifest import Manifest, Term, write_manifest
 from ram_core.aligners.pack import Wishes, pack
 from ram_core.aligners.states import VersionStatus
+from ram_core.engine.client import StreamingClient
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.messages import LoadAligner
 from ram_core.engine.thread import EngineThread
@@ -67,7 +68,7 @@ class House:
     """
 
     server: LiveServer
-    engine: EngineThread
+    engine: Any
     client: httpx.Client
     root: Path
     keys: dict[str, str] = field(default_factory=dict)
@@ -113,7 +114,7 @@ class House:
         """Give the engine what it was kept from."""
         self.is_holding = False
         while self.held:
-            EngineThread.load_aligner(self.engine, self.held.pop(0))
+            StreamingClient.load_aligner(self.engine, self.held.pop(0))
 
     def wait_held(self) -> None:
         wait_until(lambda: bool(self.held))
@@ -127,6 +128,7 @@ def house(
     preload: tuple[str, ...] = ("all",),
     memory_bytes: int = 0,
     slots: int = 0,
+    start: Callable[[EngineConfig], StreamingClient] = EngineThread.start,
     **settings: Any,
 ) -> Iterator[House]:
     """Serve what is in `root`, which begins with `preload`; `slots` aligners have room in one module."""
@@ -144,7 +146,7 @@ def house(
         aligner_slots=slots,
         aligner_memory_bytes=memory_bytes,
     )
-    engine = EngineThread.start(config)
+    engine = start(config)
     try:
         with (
             live(engine, tokenizer, inventory, **settings) as server,
@@ -156,7 +158,7 @@ def house(
                 if running.is_holding:
                     running.held.append(order)
                 else:
-                    EngineThread.load_aligner(engine, order)
+                    StreamingClient.load_aligner(engine, order)
 
             engine.load_aligner = load_aligner  # type: ignore[method-assign]
             yield running
