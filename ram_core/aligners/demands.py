@@ -84,7 +84,8 @@ class Demand:
 class Demands:
     """All demands, and the requests whose demands were met; changes versions, and says what is to be done.
 
-    While not `is_open`, nothing is begun: there is no executor.
+    While not `is_open`, nothing is begun: there is no executor. `is_short` says that somebody waits until
+    others leave memory.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Demands:
         self.leases: dict[str, frozenset[VersionKey]] = {}
         self.memory_bytes = memory_bytes
         self.is_open = True
+        self.is_short = False
         self._catalogue = catalogue
         self._max_jobs = max_jobs
         self._clock = clock
@@ -100,9 +102,6 @@ class Demands:
 
     def __iter__(self) -> Iterator[Demand]:
         return iter(self._pending.values())
-
-    def __len__(self) -> int:
-        return len(self._pending)
 
     @property
     def num_waiting(self) -> int:
@@ -170,6 +169,7 @@ class Demands:
     def settle(self) -> list[Action]:
         """Answer who can be answered, free what nobody needs, and start what is needed."""
         actions: list[Action] = []
+        self.is_short = False
         if self._pending:
             pinned = [version for version in self._catalogue if version.is_pinned and version.held_bytes]
             actions = [action for demand in list(self) for action in self._answer(demand, pinned)]
@@ -290,6 +290,7 @@ class Demands:
                     is_free, victims = room.reserve(version.need_bytes, protected)
                     actions += [free(victim) for victim in victims]
                     if not is_free:
+                        self.is_short = True
                         continue
                     version.is_started, version.held_bytes = True, version.need_bytes
                     actions.append(StartLoad(key, version.source, version.need_bytes))

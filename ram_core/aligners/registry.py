@@ -193,7 +193,7 @@ class AlignerRegistry:
             version.num_references -= 1
             version.last_used_s = self._clock()
             # Only then anybody else is concerned.
-            is_news |= not version.num_references and (version.is_leaving or len(self._demands) > 0)
+            is_news |= not version.num_references and (version.is_leaving or self._demands.is_short)
         return self._demands.settle() if is_news else []
 
     def tick(self) -> list[Action]:
