@@ -411,6 +411,9 @@ class AlignerService:
                 if not self.held_back:
                     logger.warning("%s; the aligners stay as they were.", error)
                 self.held_back = {str(directory.root): str(error)}
+            except Exception:
+                # Whatever it was, the next look may go well.
+                logger.exception("The directory of aligners could not be looked at.")
             else:
                 self._take(changes, directory)
             pause_s = max(POLL_S, (loop.time() - began_s) / _POLL_SHARE)
