@@ -83,8 +83,8 @@ SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ),
     (
         "server/openai/convert.py",
-        "_to_term(name, own * strength, place)",
-        "_to_term(name, own, place)",
+        "AskedAligner(name, strength * scale)",
+        "AskedAligner(name, strength)",
         _CONVERT,
     ),
     ("server/openai/convert.py", '"kl_threshold": "kl_threshold",', "", _CONVERT),
@@ -94,7 +94,7 @@ SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("server/openai/errors.py", "math.ceil(error.retry_after_s))", "int(error.retry_after_s))", _ERRORS),
     ("server/openai/errors.py", "param=param, headers=headers)", "param=param)", _ERRORS),
     ("server/middleware.py", "if _SANE_ID.fullmatch(given)", "if given", _ERRORS),
-    ("server/metrics.py", "for aligner in engine.aligners:", "for aligner in ():", _METRICS),
+    ("server/metrics.py", "            metric.labels(*labels)\n", "            pass\n", _METRICS),
     ("server/metrics.py", "[bisect_left(self._bounds, value)]", "[0]", _METRICS),
     ("server/metrics.py", "        self._tell()\n        self._metrics", "        self._metrics", _METRICS),
     ("server/generation.py", "num_cached_tokens += event", "num_cached_tokens = event", _ANSWERS),
@@ -115,10 +115,10 @@ SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("server/routes/health.py", "serving_of(request).why_not_alive()", "None", _METRICS),
     (
         "server/routes/shared.py",
-        "return terms[0].aligner if len(terms) == 1 else SEVERAL",
-        "return SEVERAL",
+        "return lease.aligners[0].name, lease.aligners[0].version",
+        'return SEVERAL, ""',
         _METRICS,
     ),
     ("server/settings.py", "base = 1024 if binary else 1000", "base = 1024", _SETTINGS),
-    ("server/settings.py", "return found | self.aligners", "return self.aligners | found", _SETTINGS),
+    ("server/settings.py", "for path in inside} | self.aligners", "for path in inside}", _SETTINGS),
 ]

@@ -8,6 +8,10 @@ _REGISTRY = "tests/unit/test_aligner_registry.py"
 _PROPERTIES = "tests/unit/test_aligner_registry_properties.py"
 _MANIFEST = "tests/unit/test_aligner_manifest.py"
 _VERIFICATION = "tests/unit/test_aligner_verification.py"
+_INVENTORY = "tests/unit/test_aligner_inventory.py"
+_HOT_SWAP = "tests/http/test_aligner_hot_swap.py"
+_MIXING = "tests/http/test_aligner_mixing.py"
+_AFTER_DEATH = "tests/faults/test_aligners_after_death.py"
 
 ALIGNER_MUTANTS = [
     *mutants(
@@ -28,8 +32,8 @@ ALIGNER_MUTANTS = [
     *mutants(
         "ram_core/aligners/demands.py",
         (_REGISTRY, _PROPERTIES),
-        ("if not version.num_references and version.key not in wanted:", "if version.key not in wanted:"),
-        ("if not version.num_references and version.key not in wanted:", "if not version.num_references:"),
+        ("if not version.num_references and not is_wanted:", "if not is_wanted:"),
+        ("if not version.num_references and not is_wanted:", "if not version.num_references:"),
         ("if num_jobs >= self._max_jobs:", "if num_jobs > self._max_jobs:"),
         ("                num_jobs += 1\n", "                pass\n"),
         (
@@ -38,24 +42,28 @@ ALIGNER_MUTANTS = [
         ),
         ("if demand.deadline_s is not None and self._clock() >= demand.deadline_s:", "if False:"),
         ("if version.state is State.FAILED or (version.is_freeing and version.reason):", "if False:"),
-        ("if need and need + kept > self._memory_bytes:", "if False:"),
+        ("if need and need + kept > self.memory_bytes:", "if False:"),
         ("(version.is_withdrawn and not (version.is_loaded or version.is_started))", "False"),
         (
-            "if version.is_busy or version.is_loaded:\n                    continue",
+            "if not version.is_startable:\n                    continue",
             "if version.is_loaded:\n                    continue",
         ),
-        ("if error is None and not all(", "if error is None and not any("),
-        ("self._catalogue.version(key).num_references += 1", "pass"),
+        ("if not all(version is not None and", "if not any(version is not None and"),
+        ("version.num_references += 1", "pass"),
         (
             "        version.is_leaving = False\n        if version.is_loaded:",
             "        if version.is_loaded:",
         ),
-        ("            leave(entry.versions[left])", "            pass"),
+        ("            self.leave(left)", "            pass"),
         (
-            "if version.is_queued and version.key not in wanted:\n                version.rest()",
-            "if False:\n                version.rest()",
+            "elif version.is_queued and not is_wanted:\n            version.rest()",
+            "elif False:\n            version.rest()",
         ),
-        ("self._catalogue.version(key).last_used_s = now_s", "pass"),
+        ("            version.last_used_s = now_s\n", "            pass\n"),
+        ("            self._catalogue.restless.add(version.key)", "            pass"),
+        ("                        self.is_short = True", "                        pass"),
+        ("self._start() if self._pending and self.is_open", "self._start() if self._pending"),
+        ('f"Aligner {named}: {self.words}."', "self.detail"),
         ("protected |= demand.keys", "protected = set(demand.keys)"),
     ),
     *mutants(
@@ -63,7 +71,14 @@ ALIGNER_MUTANTS = [
         _REGISTRY,
         ("version.num_references -= 1", "pass"),
         ("if num_waiting >= self.limits.max_waiting:", "if num_waiting > self.limits.max_waiting:"),
-        ("version.last_used_s = self._clock()\n        return", "pass\n        return"),
+        ("version.last_used_s = self._clock()\n            # Only", "pass\n            # Only"),
+        ("version.is_leaving or self._demands.is_short", "version.is_leaving"),
+        ("version.is_leaving or self._demands.is_short", "self._demands.is_short"),
+        (
+            "            if key not in wanted:\n                self._demands.leave(version)",
+            "            pass",
+        ),
+        ("        self._catalogue.restless.add(key)", "        pass"),
         ("if excess > 0 and self.held_bytes > self.limits.memory_bytes:", "if False:"),
         ("< self.limits.retry_failed_s:", "< 0:"),
         (
@@ -84,11 +99,58 @@ ALIGNER_MUTANTS = [
         ("self.earlier.pop()", "pass"),
         ("elif self.shares:\n            self.earlier", "elif False:\n            self.earlier"),
         ("strength * term.weight", "term.weight"),
-        ("if exponent)", "if True)"),
+        ("rest = rest or _newest(entry)", "pass"),
+        ("asked.scale * (", "1.0 * ("),
+        ("if not each.is_withdrawn}", "}"),
         ("if term.model in path:", "if False:"),
         ("self.exponents.get((key, part), 0.0) + exponent", "exponent"),
         ("if key.version in entry.shares:", "if False:"),
         ("            version.rest()\n", "            pass\n"),
+    ),
+    *mutants(
+        "server/aligners/executor.py",
+        _HOT_SWAP,
+        ("await asyncio.to_thread(self._checker.require_unchanged, self._versions[key])", "pass"),
+        ("self.do(self._registry.tick())", "pass"),
+        ("answer.set_exception(error)", "answer.set_result(None)"),
+    ),
+    *mutants(
+        "server/aligners/executor.py",
+        _AFTER_DEATH,
+        ("                self._loading.clear()\n", "                pass\n"),
+        ("self._registry_says(self._registry.lost())", "pass"),
+    ),
+    *mutants(
+        "server/aligners/service.py",
+        (_HOT_SWAP, _MIXING),
+        ("        except BaseException:\n            self.release(request_id)", "        except KeyError:"),
+        ("if len(aligners) > 1:", "if len(aligners) > 9:"),
+        ("missing = [each.name for each in asked if each.name not in self.names]", "missing = [str(asked)]"),
+        ("self.registry.tune(name, strength)", "pass"),
+    ),
+    *mutants(
+        "server/generation.py",
+        _HOT_SWAP,
+        ("            self._on_left()", "            pass"),
+    ),
+    *mutants(
+        "server/routes/shared.py",
+        _HOT_SWAP,
+        ('return f"{tenant}\\0{ask.user}" if ask.user else tenant', "return tenant"),
+        ("_sticky_key(caller, ask) or renderer.id", "_sticky_key(caller, ask)"),
+    ),
+    *mutants(
+        "server/aligners/start.py",
+        _INVENTORY,
+        ("key=_newest_last, reverse=True", "key=_newest_last"),
+        ("if known.key not in taken", "if True"),
+        ("if known.origin is Origin.SETTINGS:\n                raise", "if False:\n                raise"),
+    ),
+    *mutants(
+        "server/metrics.py",
+        _INVENTORY,
+        ("                _add_up(child", "                (lambda *_: None)(child"),
+        ("                metric.remove(*labels)", "                pass"),
     ),
     *mutants(
         "ram_core/aligners/shares.py",

@@ -53,9 +53,9 @@ TENANT_MUTANTS = [
     *mutants(
         "server/openai/convert.py",
         _TENANTS,
-        ("if not names.has_proposal and", "if False and"),
-        ("or not any(term.strength for term in terms)", ""),
-        ("default = tenant.default_aligner", 'default = ""'),
+        ("if is_identity and not names.has_proposal:", "if False:"),
+        ("asked.scale and asked.strength != 0 for asked", "True for asked"),
+        ("tenant.models, tenant.default_aligner)", 'tenant.models, "")'),
         ("value > limit:", "value >= limit:"),
     ),
     *mutants(
@@ -83,7 +83,7 @@ TENANT_MUTANTS = [
         _HTTP,
         ("            tenant=caller.tenant.name,\n", ""),
         ("            priority=caller.tenant.priority,\n", ""),
-        ("            account.reservation.cancel()", "            pass"),
+        ("            reservation.cancel()", "            pass"),
         ("names_for(caller_of(request).tenant, serving_of(request).names)", "serving_of(request).names"),
     ),
     *mutants(

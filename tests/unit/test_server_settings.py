@@ -186,4 +186,6 @@ def test_the_demo_is_served_where_nothing_else_is_named(tmp_path, monkeypatch):
     for settings in (load_settings(), load_settings(demo=True)):
         assert settings.engine_config().proposal == str(tmp_path / "proposal")
         assert settings.aligner_sources() == {"polite": str(tmp_path / "aligners" / "polite")}
+    own = load_settings(aligners=["polite=/own", "terse=/other"])
+    assert own.aligner_sources() == {"polite": "/own", "terse": "/other"}
     assert not load_settings(proposal=str(tmp_path)).aligner_sources()
