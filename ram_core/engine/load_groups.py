@@ -177,14 +177,18 @@ def _load_loras(
     return AlignerGroup(f"aligners-{next(iter(layers))}", stack, layers, kind=kind)
 
 
-def stack_loras(base: PagedModel, layers: Mapping[str, Mapping[str, LoraLayer]], num_slots: int) -> LoraStack:
+def stack_loras(
+    base: PagedModel, layers: Mapping[str, Mapping[str, LoraLayer]], num_slots: int, *, least_rank: int = 0
+) -> LoraStack:
     """Adapters of a base in one module with room for `num_slots`, by their names and its layers'.
+
+    It has room for others of the highest of their ranks, and at least for those of `least_rank`.
 
     Raises:
         CheckpointError: one of them cannot be served.
     """
     modules = dict.fromkeys(module for own in layers.values() for module in own)
-    max_rank = max(layer.rank for own in layers.values() for layer in own.values())
+    max_rank = max(least_rank, *(layer.rank for own in layers.values() for layer in own.values()))
     stack = LoraStack(base, num_slots, modules, max_rank)
     for slot, (name, own) in enumerate(layers.items()):
         try:

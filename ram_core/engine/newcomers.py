@@ -20,7 +20,7 @@ from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.conformance import check_conformance
 from ram_core.models.kv import KvPool
 from ram_core.models.loading import context_limit, load_config, load_model, unsupported_reason
-from ram_core.models.lora import LoraConfig, LoraLayer, is_adapter, load_lora, read_lora_config
+from ram_core.models.lora import MAX_RANK, LoraConfig, LoraLayer, is_adapter, load_lora, read_lora_config
 from ram_core.models.lora_stack import LoraStack, linear_shapes
 from ram_core.models.paged import PagedModel
 from ram_core.models.source import resolve_source
@@ -34,6 +34,7 @@ from ram_core.models.vocabulary import (
 )
 
 _PROGRESS_STEP = 0.05
+_CPU_LORA_SLOTS = 16
 
 _numbers = itertools.count()
 
@@ -211,17 +212,29 @@ class Newcomers:
     def _own_lora_group(
         self, name: str, adapter: LoraConfig, max_bytes: int, others: list[Newcomer]
     ) -> Newcomer:
-        """An adapter with a base of its own, which those that come later may share if they fit."""
-        own = self._terms.config
-        config = load_supported_config(name, adapter.base, own)
-        check_size(name, expected_bytes(config, self._terms.dtype, own), max_bytes)
-        base = self._terms.load(name, adapter.base)
+        """An adapter that takes a forward of its own; what is in memory of its base is not loaded again."""
+        own, on_cpu = self._terms.config, self._terms.device.type == "cpu"
+        base, base_bytes = self._shared_base(adapter, others), 0
+        if base is None:
+            config = load_supported_config(name, adapter.base, own)
+            base_bytes = expected_bytes(config, self._terms.dtype, own)
+            check_size(name, base_bytes, max_bytes)
+            base = self._terms.load(name, adapter.base)
         layers = load_lora(adapter, linear_shapes(base.model))
-        num_bytes = base.weight_bytes + lora_bytes(layers, self._terms.dtype)
+        num_bytes = base_bytes + lora_bytes(layers, self._terms.dtype)
         check_size(name, num_bytes, max_bytes)
-        stack = stack_loras(base, {name: layers}, max(1, own.aligner_slots))
+        # Room for others of its kind, which costs nothing on CPU before it is taken.
+        num_slots = max(_CPU_LORA_SLOTS if on_cpu else 1, own.aligner_slots)
+        stack = stack_loras(base, {name: layers}, num_slots, least_rank=MAX_RANK if on_cpu else 0)
         group = AlignerGroup(_unique(name), stack, [name], kind=adapter.base)
         return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
+
+    def _shared_base(self, adapter: LoraConfig, others: list[Newcomer]) -> PagedModel | None:
+        """The base of an adapter, if adapters that are there have it."""
+        for group in (*self._groups(), *(each.group for each in others)):
+            if isinstance(group.served, LoraStack) and group.kind == adapter.base:
+                return group.served.base_again()
+        return None
 
     def _in_pool(self, newcomer: Newcomer, others: list[Newcomer]) -> Newcomer:
         """With a pool if the bank has none of its geometry, nor anybody of `others`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy, deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ram_core.errors import CheckpointError
 from ram_core.models.grouped_linear import grouped_linear
 from ram_core.models.lora import LoraLayer
 from ram_core.models.model_stack import ModelStack, head_of, replace_module
+from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.paged import PagedModel
 from ram_core.models.stacked import Linear, is_linear, rows_of_layer
 
@@ -48,6 +50,17 @@ class LoraStack(ModelStack):
             slot_bytes += max_rank * (layer.in_features + layer.out_features) * model.dtype.itemsize
             replace_module(model, name, twins[name])
         super().__init__(paged, num_slots, twins, slot_bytes=slot_bytes)
+        self._twins: Mapping[str, SlotLora | StackedLora] = twins
+
+    def base_again(self) -> PagedModel:
+        """The base without adapters, as another module over the same weights: none is copied."""
+        model = self.paged.model
+        shared: dict[int, object] = {id(each): each for each in (*model.parameters(), *model.buffers())}
+        shared |= {id(layer): layer for layer in model.modules() if isinstance(layer, PackedLinear)}
+        shared |= {id(twin): twin.base for twin in self._twins.values()}
+        again = copy(self.paged)
+        again.model = deepcopy(model, shared)
+        return again
 
     def has_room_for(self, layers: Mapping[str, LoraLayer]) -> bool:
         """Whether `stage` could take an adapter."""

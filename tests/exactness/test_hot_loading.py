@@ -36,6 +36,7 @@ from ram_core.engine.messages import (
 from ram_core.errors import AlignerUnavailable, CheckpointError
 from ram_core.models import packed_linear
 from ram_core.models.kv import KvPool
+from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.paged import PagedModel
 from ram_core.models.stacked import StackedModel, plain_weights
 from ram_core.models.stored import StoredWeights
@@ -234,6 +235,38 @@ def test_slots_that_were_asked_for_are_made_for_new_architectures_too(
     group = engine.bank.group_of["wide@1"]
     assert engine.bank.group_of["wide@2"] is group
     assert group.num_slots == 3
+
+
+def test_adapters_that_fit_no_stack_share_their_bases_weights(
+    config: EngineConfig, sources: dict[str, Path]
+) -> None:
+    """Nor are they counted again; and they stay when the one that brought them goes."""
+    engine = Engine.load(replace(config, aligners=config.aligners[:1]))
+    first = bring(engine, "all@1", sources["all"])
+    assert isinstance(first, AlignerLoaded)
+    before = {name: said(engine, name) for name in ("all@1",)}
+    own = adapter_bytes(sources["odd"])
+    second = bring(engine, "odd@1", sources["odd"], max_bytes=own)
+    assert isinstance(second, AlignerLoaded)
+    base_bytes = engine.bank.group_of["all@1"].model.weight_bytes
+    assert (first.num_bytes, second.num_bytes) == (base_bytes + adapter_bytes(sources["all"]), own)
+    groups = [engine.bank.group_of[name] for name in ("all@1", "odd@1")]
+    assert groups[0] is not groups[1]
+    weights = [{id(each) for each in plain_tensors(group.model)} for group in groups]
+    assert weights[0] == weights[1]
+    assert said(engine, "all@1") == before["all@1"]
+    both = said(engine, "odd@1")
+    let_go(engine, "all@1")
+    assert said(engine, "odd@1") == both
+    # Of the same layers, it takes a slot beside the first.
+    assert isinstance(bring(engine, "odd@2", sources["odd"], max_bytes=own), AlignerLoaded)
+    assert engine.bank.group_of["odd@2"] is groups[1]
+    assert said(engine, "odd@2") == both
+
+
+def plain_tensors(model: PagedModel) -> list[Tensor]:
+    packed = [layer._packed for layer in model.model.modules() if isinstance(layer, PackedLinear)]
+    return [*model.model.parameters(), *packed]
 
 
 # That nobody else notices.
