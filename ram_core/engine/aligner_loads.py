@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +19,11 @@ from ram_core.errors import RamError
 from ram_core.models.source import one_line
 
 logger = logging.getLogger(__name__)
+
+_NICENESS = 10
+_SWITCH_S = 0.0005
+"""A step asks for the interpreter at every operation, and waits so long each time if a load has it: with
+Python's 5 ms, one step took 580 ms beside transformers' loading of a model, with this 135 ms, nice 93 ms."""
 
 Work = Callable[[LoadAligner, Callable[[float], None]], Sequence[Newcomer]]
 
@@ -79,10 +87,17 @@ class AlignerLoads:
         torch.set_num_threads(num_threads)
 
     def _run(self, order: LoadAligner, has_begun: threading.Event) -> None:
-        # Not to fight the steps for all cores at once.
+        # Not to fight the steps for all cores at once, nor as an equal for the last of them.
         torch.set_num_threads(1)
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         has_begun.set()
-        self._outcomes.append(self._outcome(order))
+        before_s = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_S)
+        try:
+            self._outcomes.append(self._outcome(order))
+        finally:
+            sys.setswitchinterval(before_s)
         self._wake()
 
     def _outcome(self, order: LoadAligner) -> Outcome:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -32,6 +33,21 @@ class Fork:
         first = parts[0]()
         main.wait_stream(self._side)
         return [first, *others]
+
+
+@contextmanager
+def beside_steps(device: torch.device) -> Iterator[None]:
+    """Work that another thread gives the device here waits for no step, nor any step for it.
+
+    It is done when the block ends.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def send_home(table: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

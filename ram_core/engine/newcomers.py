@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
+from ram_core.engine.device import beside_steps
 from ram_core.engine.load_groups import architecture, load_stacked, stack_loras
 from ram_core.engine.messages import LoadAligner
 from ram_core.engine.plan import size_text
@@ -134,10 +135,11 @@ class Newcomers:
         found: list[Newcomer] = []
         left = order.max_bytes
         try:
-            for index, (name, source) in enumerate(order.parts):
-                share = _Share(progress, index, len(order.parts))
-                found.append(self._load_one(name, source, left, found, share))
-                left -= found[-1].num_bytes
+            with beside_steps(self._terms.device):
+                for index, (name, source) in enumerate(order.parts):
+                    share = _Share(progress, index, len(order.parts))
+                    found.append(self._load_one(name, source, left, found, share))
+                    left -= found[-1].num_bytes
         except BaseException as error:
             turn_away(found)
             if is_out_of_memory(error):

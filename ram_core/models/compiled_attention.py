@@ -77,7 +77,7 @@ def attend_decode(
 ) -> Float[Tensor, "row head dim"]:
     """Remember what is new of the batch's first rows, one token each, and attend to their contexts."""
     num_heads, num_rows, dim = query.shape
-    out = torch.empty(num_rows, num_heads, value.shape[-1])
+    out = torch.empty(num_rows, num_heads, value.shape[-1], dtype=torch.float32)
     new = [each.transpose(0, 1).contiguous().numpy() for each in (query, key, value)]
     memory = pool.keys[layer].numpy(), pool.values[layer].numpy()
     tensors = Layer(*new, *memory, out.numpy())  # type: ignore[call-arg]  # mypy does not count them

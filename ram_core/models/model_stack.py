@@ -80,7 +80,7 @@ class ModelStack:
             self._stage_twins(slot, weights)
             return
         source = {twin: {name: _pinned(each) for name, each in own.items()} for twin, own in weights.items()}
-        # Steps already launched may still read what the slot held.
+        # Steps that the caller launched may still read what the slot held.
         self._stream.wait_stream(torch.cuda.current_stream(self.paged.device))
         with torch.cuda.stream(self._stream):
             self._stage_twins(slot, source)

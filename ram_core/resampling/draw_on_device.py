@@ -40,14 +40,14 @@ def draw_with_kernel(
     num_rows, device = len(proposal_logits), proposal_logits.device
     # The aligner's padding rows belong to the row after the last.
     aligner_row = torch.full((num_rows + 1,), -1, device=device)
-    strength = torch.zeros(num_rows + 1, device=device)
+    strength = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
     aligner = proposal_logits
     for term in aligner_logits:
         aligner = term.logits
         aligner_row.index_copy_(0, term.rows, torch.arange(len(aligner), device=device))
         strength.index_copy_(0, term.rows, term.strength)
     flags = torch.zeros(2, num_rows, dtype=torch.bool, device=device)
-    floats = torch.zeros(5, num_rows, device=device)
+    floats = torch.zeros(5, num_rows, dtype=torch.float32, device=device)
     token = torch.empty(num_rows, dtype=torch.int64, device=device)
     given = ("mode", "temperature", "proposal_top_p", "kl_threshold", "seed", "position")
     draw_rows[(num_rows,)](

@@ -34,10 +34,10 @@ def covered_rows(
     """
     is_covered = params.mode != Mode.CANDIDATES
     if features.has_mixtures or len(aligner_logits) > 1:
-        num_terms = torch.zeros(len(is_covered) + 1)
-        lowest = torch.zeros(len(is_covered) + 1)
+        num_terms = torch.zeros(len(is_covered) + 1, dtype=torch.float32)
+        lowest = torch.zeros(len(is_covered) + 1, dtype=torch.float32)
         for term in aligner_logits:
-            num_terms.index_add_(0, term.rows, torch.ones(len(term.rows)))
+            num_terms.index_add_(0, term.rows, torch.ones(len(term.rows), dtype=torch.float32))
             lowest[term.rows] = term.strength.minimum(lowest[term.rows])
         is_covered &= num_terms[:-1] <= 1
         is_covered &= (lowest[:-1] >= 0) | (params.mode == Mode.PROPOSAL)
@@ -62,7 +62,7 @@ def draw_compiled(
     num_rows = len(proposal_logits)
     # The aligner's padding rows belong to the row after the last.
     aligner_row = torch.full((num_rows + 1,), -1)
-    strength = torch.zeros(num_rows + 1)
+    strength = torch.zeros(num_rows + 1, dtype=torch.float32)
     num_before = 0
     for term in aligner_logits:
         aligner_row[term.rows] = torch.arange(num_before, num_before + len(term.rows))
@@ -94,7 +94,7 @@ def _as_rows(logits: Sequence[Tensor], vocab_size: int) -> F32:
 
 def _blank(num_rows: int, num_top: int) -> Draws:
     def floats() -> Tensor:
-        return torch.zeros(num_rows)
+        return torch.zeros(num_rows, dtype=torch.float32)
 
     def flags() -> Tensor:
         return torch.zeros(num_rows, dtype=torch.bool)
@@ -103,7 +103,7 @@ def _blank(num_rows: int, num_top: int) -> Draws:
         torch.zeros(num_rows, dtype=torch.int64),
         floats(),
         torch.zeros(num_rows, num_top, dtype=torch.int64),
-        torch.zeros(num_rows, num_top),
+        torch.zeros(num_rows, num_top, dtype=torch.float32),
         Telemetry(floats(), floats(), floats(), floats(), flags()),
         flags(),
     )

@@ -86,9 +86,9 @@ def combine_aligners(
     """
     device = terms[0].logits.device
     # One more row, where padding goes.
-    log_q = torch.zeros(num_rows + 1, vocab_size, device=device)
+    log_q = torch.zeros(num_rows + 1, vocab_size, dtype=torch.float32, device=device)
     is_bad = torch.zeros(num_rows + 1, dtype=torch.bool, device=device)
-    strength = torch.zeros(num_rows + 1, device=device)
+    strength = torch.zeros(num_rows + 1, dtype=torch.float32, device=device)
     for term in terms:
         strength.index_add_(0, term.rows, term.strength.abs())
     shares = _shares(terms, strength) if has_mixtures else None

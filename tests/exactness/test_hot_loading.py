@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,7 +42,7 @@ from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.paged import PagedModel
 from ram_core.models.stacked import StackedModel, plain_weights
 from ram_core.models.stored import StoredWeights
-from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
+from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
 from tests.exactness.test_aligner_bank import STACKED_FAMILIES, load, logits_of, save_any
 from tests.exactness.test_engine import GREEDY, PROMPTS, anew, run_together
 from tests.exactness.test_lora import ADAPTERS, save_adapter
@@ -309,6 +311,39 @@ def test_loads_and_frees_change_nothing_for_those_who_run(
     assert repr(told) == repr(undisturbed)
 
 
+def many_wishes() -> list[Request]:
+    kinds = [using(), *(replace(using("polite@1"), resampling=way) for way in Resampling)]
+    plain = replace(SEEDED, max_tokens=6)
+    wishing = replace(plain, top_k=20, top_p=0.9, min_p=0.01, temperature=0.7, num_top_log_probs=3)
+    return [
+        Request(f"{index} {sampling is plain}", PROMPTS[index], sampling, kind)
+        for index, kind in enumerate([*kinds, using("polite@1", "terse@1")])
+        for sampling in (plain, wishing)
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss"])
+def test_steps_do_not_depend_on_the_default_dtype(tmp_path: Path, family: str) -> None:
+    """Which transformers changes for the whole process while it loads a model beside them."""
+    proposal, aligners = save_pair(tmp_path, family)  # type: ignore[arg-type]
+    begun = tuple(AlignerSource(f"{name}@1", str(path)) for name, path in aligners.items())
+    engine = Engine.load(EngineConfig(str(proposal), begun, device="cpu", dtype="bfloat16"))
+    before = run_together(anew(engine), many_wishes())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert repr(run_together(anew(engine), many_wishes())) == repr(before)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_load_leaves_the_process_as_it_was(engine: Engine, sources: dict[str, Path]) -> None:
+    before = torch.get_num_threads(), sys.getswitchinterval(), torch.get_default_dtype()
+    os_before = os.getpriority(os.PRIO_PROCESS, 0)
+    bring(engine, "new@2", sources["wide"])
+    assert (torch.get_num_threads(), sys.getswitchinterval(), torch.get_default_dtype()) == before
+    assert os.getpriority(os.PRIO_PROCESS, 0) == os_before
+
+
 def test_freeing_waits_for_the_steps_that_may_still_read(engine: Engine, sources: dict[str, Path]) -> None:
     engine = anew(engine, is_overlapping=True)
     assert isinstance(bring(engine, "new@2", sources["third"]), AlignerLoaded)
@@ -361,7 +396,9 @@ def test_pages_of_a_namesake_that_went_are_never_found(
     assert isinstance(bring(engine, "new@2", source), AlignerLoaded)
     first = said(engine, "new@2", sampling=GREEDY)
     num_pages = engine.stats.num_pages
+    assert num_idle(engine) > 0
     let_go(engine, "new@2")
+    assert num_idle(engine) == 0
     changed = edited(source, tmp_path, lambda weights: {n: each.flip(0) for n, each in weights.items()})
     assert isinstance(bring(engine, "new@2", changed), AlignerLoaded)
     counted = CountedTokens(monkeypatch, engine, "new@2")
@@ -371,6 +408,11 @@ def test_pages_of_a_namesake_that_went_are_never_found(
     assert engine.stats.num_pages == num_pages
     fresh = anew(engine, prefix_cache=False)
     assert said(fresh, "new@2", sampling=GREEDY) == second
+
+
+def num_idle(engine: Engine) -> int:
+    """Pages of aligners that still hold what somebody may ask for again."""
+    return sum(len(book._idle) for name, book in engine._scheduler.books.items() if name != "proposal")
 
 
 def edited(source: Path, root: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:

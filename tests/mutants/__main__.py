@@ -27,6 +27,7 @@ from tests.mutants.aligners import ALIGNER_MUTANTS
 from tests.mutants.bank import BANK_MUTANTS
 from tests.mutants.bench import BENCH_MUTANTS
 from tests.mutants.engine import ENGINE_MUTANTS
+from tests.mutants.hot_loading import HOT_LOADING_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.resampling import RESAMPLING_MUTANTS
 from tests.mutants.start import START_MUTANTS
@@ -39,6 +40,7 @@ MUTANTS = [
     *ENGINE_MUTANTS,
     *MODEL_MUTANTS,
     *BANK_MUTANTS,
+    *HOT_LOADING_MUTANTS,
     *START_MUTANTS,
     *BENCH_MUTANTS,
     *TENANT_MUTANTS,

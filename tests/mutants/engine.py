@@ -190,6 +190,10 @@ ENGINE_MUTANTS = [
         _STEPS,
         ("self._last_tokens.index_copy_(0, numbers.slots, draws.token)", "pass"),
         ("table[: packed.num_real]", "table"),
+    ),
+    *mutants(
+        "ram_core/engine/room.py",
+        _STEPS,
         ('and "DefaultCPUAllocator" in str(error)', "and False"),
         ('and "DefaultCPUAllocator" in str(error)', ""),
     ),
@@ -320,7 +324,7 @@ ENGINE_MUTANTS = [
         "ram_core/engine/thread.py",
         _THREAD,
         ("while not self._engine.has_work or not self._inbox.empty():", "while not self._engine.has_work:"),
-        ("            self._stats = self._engine.stats\n        return True", "        return True"),
+        ("            self._tend()\n        return True", "        return True"),
         ('            trouble = "the engine has died"\n', ""),
     ),
     *mutants(

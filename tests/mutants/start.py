@@ -39,11 +39,6 @@ START_MUTANTS = [
         ("return is_plain and", "return"),
     ),
     *mutants(
-        "ram_core/engine/bank.py",
-        _QUANTIZED,
-        ("quantization=config.quantization if is_proposal else PLAIN", "quantization=config.quantization"),
-    ),
-    *mutants(
         "ram_core/models/tensor_parallel.py",
         f"{_RANKS}::test_a_rank_that_stands_still_or_is_gone_does_not_hang_the_other",
         ("_FOR_EVER if dist.get_rank() else _collective()", "_FOR_EVER"),
