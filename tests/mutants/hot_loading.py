@@ -64,14 +64,18 @@ HOT_LOADING_MUTANTS = [
         f"{_HOT}::test_adapters_that_fit_no_stack_share_their_bases_weights",
         ("                return group.served.base_again()", "                return None"),
     ),
-    *mutants("ram_core/engine/aligner_groups.py", _BROKEN, ("self.abandon(slot)\n            raise", "raise")),
+    *mutants(
+        "ram_core/engine/aligner_groups.py", _BROKEN, ("self.abandon(slot)\n            raise", "raise")
+    ),
     *mutants("ram_core/models/stored.py", _BROKEN, ("        if not is_finite(part):", "        if False:")),
-    *mutants("ram_core/models/stored.py", _CUT_OFF, ("            if not count:", "            if count < 0:")),
+    *mutants("ram_core/models/stored.py", _CUT_OFF, ("if not count:", "if count < 0:")),
     *mutants(
         "ram_core/models/stored.py", _DTYPES, ("self._start + at * self.dtype.itemsize", "self._start + at")
     ),
     *mutants("ram_core/models/stacked.py", _STRAIGHT, ("found[self._tied.get(name, name)]", "found[name]")),
-    *mutants("ram_core/resampling/fused.py", _DEFAULT, (_LOWEST, _LOWEST.replace(", dtype=torch.float32", ""))),
+    *mutants(
+        "ram_core/resampling/fused.py", _DEFAULT, (_LOWEST, _LOWEST.replace(", dtype=torch.float32", ""))
+    ),
     *mutants(
         "ram_core/engine/aligner_loads.py",
         _AS_IT_WAS,
@@ -82,7 +86,7 @@ HOT_LOADING_MUTANTS = [
         "ram_core/engine/residents.py",
         _RESIDENTS,
         ("                self._parts.pop(order.aligner, None)", "                pass"),
-        ("is not None:\n                self._parts[order", "is not self:\n                self._parts[order"),
+        ("not None:\n                self._parts[order", "not self:\n                self._parts[order"),
         ("required=False", "required=True"),
         ("failed=began.failed + missing", "failed=began.failed"),
     ),
