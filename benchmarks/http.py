@@ -102,8 +102,10 @@ def run(options: argparse.Namespace) -> Outcome:
 
 
 @contextmanager
-def serve(pair: Pair, options: argparse.Namespace, kv_bytes: int, scratch: Path) -> Iterator[Server]:
-    """`ram serve`, ready.
+def serve(
+    pair: Pair, options: argparse.Namespace, kv_bytes: int, scratch: Path, **settings: object
+) -> Iterator[Server]:
+    """`ram serve`, ready; `settings` are flags of its own beside those that all have.
 
     Raises:
         RuntimeError: it did not become ready; the message is what it said last.
@@ -111,7 +113,7 @@ def serve(pair: Pair, options: argparse.Namespace, kv_bytes: int, scratch: Path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {
+    settings |= {
         "aligner": f"aligned={pair.aligners[0]}",
         "port": port,
         "device": options.device,
@@ -119,7 +121,7 @@ def serve(pair: Pair, options: argparse.Namespace, kv_bytes: int, scratch: Path)
         "max-batch": options.streams,
         "kv-memory": kv_bytes,
     }
-    flags = [f"--{name}={value}" for name, value in settings.items()]
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     url = f"http://127.0.0.1:{port}"
     with (scratch / "serve.log").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen([RAM, "serve", pair.proposal, *flags], stdout=log, stderr=log)

@@ -262,9 +262,14 @@ class Engine:
         return FailedEvent(sequence.request.request_id, sequence.index, error)
 
     def _prefix_root(self, request: Request) -> bytes | None:
-        """What a request's pages are found by: none is shared between tenants, or between different salts."""
+        """What a request's pages are found by: none is shared between tenants, unless both are of one group.
+
+        Nor between different salts, ever.
+        """
         if self.config.prefix_cache:
-            return chain_root(request.tenant, request.cache_salt)
+            # A tenant may have the name of a group.
+            owner = ("group", request.prefix_group) if request.prefix_group else ("tenant", request.tenant)
+            return chain_root(*owner, request.cache_salt)
         # Still read a prompt once for all choices.
         return chain_root(request.request_id) if request.num_choices > 1 else None
 

@@ -5,6 +5,9 @@ length of an answer is not known beforehand: each round gives a waiting tenant `
 may start sequences while its credit is positive, and pays for every token that they read or draw. Of two
 tenants that always have somebody waiting, neither gets ahead by more than two quanta, a prompt, and what the
 sequences running at once may draw (`tests/unit/test_scheduler_properties.py`).
+
+A tenant without debts that has nothing under way does not wait until the others' credit is used up: it is
+next at once. Then somebody has a turn before the next may overtake, so that nobody is overtaken for ever.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from ram_core.engine.sequence import Sequence
 
 Tenant = tuple[int, str]
 """A tenant at one priority: levels do not share credit."""
+Ring = OrderedDict[Tenant, deque[Sequence]]
+"""The waiting of one priority, by tenant; the first tenant is the one whose turn it is."""
 
 
 def tenant_of(sequence: Sequence) -> Tenant:
@@ -29,10 +34,11 @@ class FairQueue:
     def __init__(self, *, quantum: int) -> None:
         self._quantum = quantum
         self._returned: defaultdict[int, deque[Sequence]] = defaultdict(deque)
-        # For each priority the tenants with somebody waiting; the first is the one whose turn it is.
-        self._rings: dict[int, OrderedDict[Tenant, deque[Sequence]]] = {}
+        self._rings: dict[int, Ring] = {}
         self._credit: Counter[Tenant] = Counter()
         self._num_living: Counter[Tenant] = Counter()
+        # Whether somebody was next before its turn, and nobody had a turn since.
+        self._is_turn_due = False
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -60,6 +66,11 @@ class FairQueue:
         """Queue a sequence that ran, before all that did not."""
         self._returned[sequence.request.priority].appendleft(sequence)
 
+    def step_aside(self, sequence: Sequence) -> None:
+        """Queue a sequence that ran before its tenant's others alone: it had more than its share."""
+        tenant = tenant_of(sequence)
+        self._rings.setdefault(tenant[0], OrderedDict()).setdefault(tenant, deque()).appendleft(sequence)
+
     def head(self) -> Sequence | None:
         """Who is next; stays next until taken, however long there is no room."""
         for priority in sorted({*self._returned, *self._rings}):
@@ -69,8 +80,15 @@ class FairQueue:
                 return self._rings[priority][self._turn(self._rings[priority])][0]
         return None
 
+    def take(self, sequence: Sequence) -> None:
+        """Take the head out, to run it."""
+        tenant = tenant_of(sequence)
+        ring: Ring = self._rings.get(tenant[0], OrderedDict())
+        self._is_turn_due = tenant in ring and self._may_overtake(tenant, ring)
+        self.remove(sequence)
+
     def remove(self, sequence: Sequence) -> None:
-        """Take a waiting sequence out, to run it or to forget it."""
+        """Take a waiting sequence out, to forget it."""
         tenant = tenant_of(sequence)
         returned = self._returned.get(tenant[0])
         if returned and sequence in returned:
@@ -79,7 +97,11 @@ class FairQueue:
         ring = self._rings[tenant[0]]
         ring[tenant].remove(sequence)
         if not ring[tenant]:
+            is_first = next(iter(ring)) == tenant
             del ring[tenant]
+            if is_first and ring:
+                # The next one's turn begins, as when the first has used up its credit.
+                self._credit[next(iter(ring))] += self._quantum
             # Credit is for waiting; a debt remains for as long as the tenant has something running.
             self._credit[tenant] = min(self._credit[tenant], 0)
         if not ring:
@@ -97,8 +119,15 @@ class FairQueue:
             del self._num_living[tenant]
             self._credit.pop(tenant, None)
 
-    def _turn(self, ring: OrderedDict[Tenant, deque[Sequence]]) -> Tenant:
+    def _may_overtake(self, tenant: Tenant, ring: Ring) -> bool:
+        is_idle = self._num_living[tenant] == len(ring[tenant])
+        return is_idle and self._credit[tenant] >= 0 and not self._is_turn_due
+
+    def _turn(self, ring: Ring) -> Tenant:
         """The tenant whose turn it is, after all that have no credit were given their quanta."""
+        for tenant in ring:
+            if self._may_overtake(tenant, ring):
+                return tenant
         if all(self._credit[tenant] <= -self._quantum for tenant in ring):
             # As many whole rounds as nobody would get anything in.
             rounds = min(-self._credit[tenant] for tenant in ring) // self._quantum

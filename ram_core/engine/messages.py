@@ -19,7 +19,8 @@ class Request(Struct, frozen=True, tag=True, array_like=True):
     """One prompt to continue, `num_choices` times. `prompt_ids` are token ids of the proposal's tokenizer.
 
     It waits in the queue of `tenant`; of those that wait there, a lower `priority` goes first. Requests share
-    cached prefixes only with those of the same `cache_salt`.
+    cached prefixes only with those of the same `cache_salt` and the same tenant, or where it is not empty of
+    the same `prefix_group`.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class Request(Struct, frozen=True, tag=True, array_like=True):
     tenant: str = ""
     priority: int = 0
     cache_salt: str = ""
+    prefix_group: str = ""
 
 
 class Cancel(Struct, frozen=True, tag=True, array_like=True):

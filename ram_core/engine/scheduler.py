@@ -7,8 +7,9 @@ delays no other sequence's next token by much; alone it may fill the step.
 A sequence is admitted when a slot and pages for its prompt are free, in the order of `FairQueue`; it begins
 behind the longest prefix that its lanes find in the books. When a running one finds no page, or somebody of a
 better priority waits, the last of the lowest priority is put back into the queue and recomputed later (its
-noise is counter-based, so it draws the same tokens). Every admitted sequence fits alone, so the first of the
-best priority always gets on and nothing can wait for ever.
+noise is counter-based, so it draws the same tokens). So is the last of the tenant with most running when one
+that has nothing running waits: a flood leaves everybody else a place. Every admitted sequence fits alone, so
+the first of the best priority always gets on and nothing can wait for ever.
 
 A plan may be made while earlier steps still run: the tokens that these draw are counted before they are
 known. Pages that a sequence gives back are free only when every step is done that was launched before: until
@@ -234,10 +235,13 @@ class Scheduler:
         """Give the head of the queue a slot, what it shares, and pages for the rest; False without room."""
         while (prefixes := self._prefixes_with_room(sequence)) is None:
             worst = None if self._is_room_coming(sequence) else self._worst()
-            if worst is None or worst.request.priority <= sequence.request.priority:
+            if worst is not None and worst.request.priority > sequence.request.priority:
+                self.put_back(worst)
+            elif worst is not None and (richest := self._last_of_the_richest(sequence)) is not None:
+                self._step_aside(richest)
+            else:
                 return False
-            self.put_back(worst)
-        self._queue.remove(sequence)
+        self._queue.take(sequence)
         for lane, pages in zip(sequence.lanes, prefixes, strict=True):
             self.books[lane.pool].share(pages)
             lane.pages = pages
@@ -355,6 +359,22 @@ class Scheduler:
     def _worst(self) -> Sequence | None:
         """Who gives way first: of the lowest priority the last that was admitted."""
         return max(reversed(self.running), key=lambda sequence: sequence.request.priority, default=None)
+
+    def _last_of_the_richest(self, newcomer: Sequence) -> Sequence | None:
+        """Who gives way to a tenant that has nothing running: of the tenant with most, if it keeps others."""
+        peers = [each for each in self.running if each.request.priority == newcomer.request.priority]
+        counts = Counter(each.request.tenant for each in peers)
+        if not peers or counts[newcomer.request.tenant]:
+            return None
+        [(tenant, count)] = counts.most_common(1)
+        return next(each for each in reversed(peers) if each.request.tenant == tenant) if count > 1 else None
+
+    def _step_aside(self, sequence: Sequence) -> None:
+        """As `put_back`, but behind those of other tenants."""
+        self.running.remove(sequence)
+        self._release(sequence)
+        self._queue.step_aside(sequence)
+        self.num_preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         for lane in sequence.lanes:

@@ -144,6 +144,7 @@ def _generation(
             tenant=caller.tenant.name,
             priority=caller.tenant.priority,
             cache_salt=ask.cache_salt,
+            prefix_group=caller.tenant.prefix_group,
         )
         for number, prompt_ids in enumerate(prompts)
     ]

@@ -52,6 +52,7 @@ def _one_or_many(value: object) -> object:
 Patterns = Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
 """Names, or shell patterns such as "acme-*"."""
 Positive = Annotated[int, Field(ge=1)]
+PrefixGroup = Annotated[str, Field(max_length=64)]
 
 
 class _Table(BaseModel):
@@ -90,6 +91,7 @@ class Tenant(_Table):
 
     A tenant sees, and may use, the `aligners` that fit its patterns, and the proposal alone if its name fits
     `models`. `log` is what the usage log tells: nothing, the usage, or also what was asked and answered.
+    Tenants of one `prefix_group` find each other's prefixes in KV memory; without one, nobody else does.
     """
 
     name: Annotated[str, AfterValidator(check_tenant_name)]
@@ -99,6 +101,7 @@ class Tenant(_Table):
     models: Patterns = ("*",)
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     log: LogPolicy = "usage"
+    prefix_group: PrefixGroup = ""
     limits: Limits = UNLIMITED
 
 

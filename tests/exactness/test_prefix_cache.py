@@ -154,6 +154,18 @@ def test_neither_tenants_nor_salts_share(engine: Engine) -> None:
         assert run(engine, ask(**fresh))[0] == 0, fields
 
 
+def test_tenants_of_a_group_share_and_their_salts_do_not(engine: Engine) -> None:
+    run(engine, ask(tenant="a", prefix_group="g"))
+    assert run(engine, ask(tenant="b", prefix_group="g"))[0] == ALL_BUT_LAST
+    for fields in (
+        {"tenant": "a"},
+        {"tenant": "g"},
+        {"tenant": "b", "prefix_group": "h"},
+        {"tenant": "b", "prefix_group": "g", "cache_salt": "s"},
+    ):
+        assert run(engine, ask(**fields))[0] == 0, fields
+
+
 def test_without_the_cache_nothing_is_found(loaded: Engine) -> None:
     engine = anew(loaded, prefix_cache=False)
     run(engine, ask())

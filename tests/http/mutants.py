@@ -7,6 +7,7 @@ _ANSWERS = ("tests/http/test_answers.py",)
 _BAD_INPUT = ("tests/http/test_bad_input.py",)
 _HANG_UP = ("tests/http/test_hang_up.py",)
 _ERRORS = ("tests/http/test_errors.py",)
+_PREFIXES = ("tests/http/test_live_engine.py::test_tenants_share_prefixes_only_if_they_are_told_to",)
 _LINE = ("tests/unit/test_stream_line.py",)
 _GENERATION = ("tests/unit/test_generation.py",)
 _METRICS = ("tests/http/test_models_health_metrics.py",)
@@ -99,6 +100,7 @@ SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("server/metrics.py", "        self._tell()\n        self._metrics", "        self._metrics", _METRICS),
     ("server/generation.py", "num_cached_tokens += event", "num_cached_tokens = event", _ANSWERS),
     ("server/routes/shared.py", "            cache_salt=ask.cache_salt,\n", "", _ANSWERS),
+    ("server/routes/shared.py", "            prefix_group=caller.tenant.prefix_group,\n", "", _PREFIXES),
     ("server/openai/render.py", "if self._is_plain and not is_over:", "if self._is_plain:", _STREAMS),
     ("server/openai/render.py", "{to_json(text).decode()}", '\\"{text}\\"', _STREAMS),
     ("server/metrics.py", "if not math.isnan(value):", "if True:", _METRICS),

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
+import tomlkit
 import torch
 
 from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.thread import EngineThread
 from ram_core.models.vocabulary import load_tokenizer
+from server.tenants.editing import add_tenant
 from tests.http.standin import PATIENCE_S, LiveServer, chat, chunks_of, live
 from tests.models import save_pair
 
@@ -267,6 +269,41 @@ def test_what_is_extreme_but_valid_is_answered(client, fields):
     for choice in answer.json()["choices"]:
         assert len(choice["logprobs"]["content"]) <= 2
     assert client.get("/health/ready").status_code == 200
+
+
+def test_tenants_share_prefixes_only_if_they_are_told_to(tmp_path):
+    """a and b are of one group; c is of none, d of another, and e was of it before the file changed."""
+    proposal, _ = save_pair(tmp_path, aligners=())
+    path = tmp_path / "tenants.toml"
+    keys = {name: add_tenant(path, name) for name in "abcde"}
+
+    def put_into_groups(groups: dict[str, str]) -> None:
+        document = tomlkit.parse(path.read_text())
+        for name in keys:
+            document["tenants"][name].pop("prefix_group", None)
+            if name in groups:
+                document["tenants"][name]["prefix_group"] = groups[name]
+        path.write_text(tomlkit.dumps(document))
+
+    put_into_groups({"a": "ours", "b": "ours", "d": "theirs", "e": "ours"})
+    engine = EngineThread.start(EngineConfig(proposal=str(proposal), device="cpu", kv_memory_bytes=2**20))
+    with (
+        live(engine, load_tokenizer(str(proposal)), tenants_file=path) as server,
+        httpx.Client(base_url=server.url, timeout=30) as client,
+    ):
+
+        def num_cached(tenant: str, **fields: str) -> int:
+            body = chat("the dog " * 30, max_tokens=1, **fields)
+            answer = client.post(CHAT, json=body, headers={"Authorization": f"Bearer {keys[tenant]}"})
+            return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+        assert num_cached("a") == 0
+        assert num_cached("b") > 16
+        assert num_cached("e") > 16
+        assert [num_cached("c"), num_cached("d"), num_cached("b", cache_salt="s")] == [0, 0, 0]
+        put_into_groups({"a": "ours", "b": "ours", "d": "theirs"})
+        server.app.state.serving.tenants.reload()
+        assert num_cached("e") == 0
 
 
 def test_when_the_engine_ends_running_streams_are_told(tmp_path):

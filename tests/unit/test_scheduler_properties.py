@@ -251,7 +251,9 @@ def test_tenants_that_always_wait_get_the_same_within_the_stated_bound(seed: int
                 waiting[tenant] += choices
         plan = scheduler.plan()
         for sequence in plan.started:
-            served[sequence.request.tenant] += len(sequence.request.prompt_ids)
+            if not sequence.has_started:
+                served[sequence.request.tenant] += len(sequence.request.prompt_ids)
+            sequence.has_started = True
         for row in plan.rows:
             if row.draws:
                 served[row.sequence.request.tenant] += 1
@@ -286,6 +288,87 @@ def test_a_flood_does_not_delay_a_newcomer_by_more_than_a_turn() -> None:
             add("quiet", "quiet")
     # Three had ended, one runs, and what is left of a quantum lasts for two more.
     assert len(ended) <= 3 + 1 + 2 + 1
+
+
+def flooded_scheduler(num_slots: int, steps: int) -> Scheduler:
+    """All slots are a flood's, and more of it waits."""
+    scheduler = make_scheduler(num_pages=2000, num_slots=num_slots, max_step_tokens=32)
+    for number in range(50):
+        come(scheduler, f"flood-{number}", "flood", limit=100)
+    for _ in range(steps):
+        take_step(scheduler)
+    return scheduler
+
+
+def come(scheduler: Scheduler, name: str, tenant: str, limit: int) -> None:
+    request = Request(name, tuple(range(8)), SamplingParams(), tenant=tenant)
+    scheduler.add(*make_choices(request, LANES["p"], limit))
+
+
+def take_step(scheduler: Scheduler) -> set[str]:
+    """Who drew a token."""
+    plan = scheduler.plan()
+    for sequence in plan.started:
+        sequence.has_started = True
+    drawing = [row for row in plan.rows if row.draws]
+    for row in drawing:
+        scheduler.commit(row, 7)
+        if row.sequence.finish_reason_after(7):
+            scheduler.remove(row.sequence)
+    return {row.sequence.request.request_id for row in drawing}
+
+
+def test_a_quiet_tenant_draws_in_the_next_step_beside_a_flood() -> None:
+    """However deep in credit the flood is; whoever gives way is the flood's youngest, and goes on later."""
+    scheduler = flooded_scheduler(num_slots=4, steps=6)
+    running = [sequence.request.request_id for sequence in scheduler.running]
+    for number in range(1, 4):
+        come(scheduler, "a", "a", limit=1)
+        assert "a" in take_step(scheduler)
+        assert [sequence.request.request_id for sequence in scheduler.running] == running[:3]
+        assert scheduler.num_preemptions == number
+        take_step(scheduler)
+        assert [sequence.request.request_id for sequence in scheduler.running] == running
+
+
+def test_a_tenant_with_something_running_takes_nobodys_place() -> None:
+    scheduler = flooded_scheduler(num_slots=4, steps=6)
+    for number in range(3):
+        come(scheduler, f"a-{number}", "a", limit=30)
+    for _ in range(6):
+        take_step(scheduler)
+    assert scheduler.num_preemptions == 1
+    assert sum(sequence.request.tenant == "a" for sequence in scheduler.running) == 1
+
+
+def test_nobody_gives_way_who_has_one_place_alone() -> None:
+    scheduler = make_scheduler(num_pages=200, num_slots=2, max_step_tokens=32)
+    for tenant in "abc":
+        come(scheduler, tenant, tenant, limit=20)
+    for _ in range(10):
+        take_step(scheduler)
+    assert scheduler.num_preemptions == 0
+    assert len({sequence.request.tenant for sequence in scheduler.running}) == 2
+
+
+def test_quiet_tenants_do_not_starve_a_flood() -> None:
+    """As many as there are slots ask again as soon as they are answered: the flood still gets its part."""
+    scheduler = flooded_scheduler(num_slots=3, steps=3)
+    drawn: Counter[str] = Counter()
+    number = 0
+    for _ in range(900):
+        living = Counter(sequence.request.tenant for sequence in (*scheduler.running, *scheduler.waiting))
+        for tenant in "abcd":
+            if not living[tenant]:
+                number += 1
+                come(scheduler, f"{tenant}{number}", tenant, limit=4)
+        if living["flood"] < 10:
+            number += 1
+            come(scheduler, f"flood{number}", "flood", limit=100)
+        for name in take_step(scheduler):
+            drawn[name[:5] if name.startswith("flood") else name[0]] += 1
+    equal_share = 900 * 3 / 5
+    assert min(drawn.values()) > 0.8 * equal_share
 
 
 def test_a_long_prompt_shares_the_step_with_another_tenants_short_one() -> None:
