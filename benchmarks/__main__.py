@@ -26,6 +26,8 @@ NAMES = (
     "prefix_cache",
     "overhead",
     "http",
+    "delivery",
+    "fairness",
 )
 RESULTS = Path(__file__).parent / "results"
 

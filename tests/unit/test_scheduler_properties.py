@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from ram_core.engine.fair_queue import FairQueue
 from ram_core.engine.messages import Request
 from ram_core.engine.pages import PageBook, chain_root, pages_for
 from ram_core.engine.scheduler import Plan, ScheduledRow, Scheduler
@@ -339,6 +340,24 @@ def test_a_tenant_with_something_running_takes_nobodys_place() -> None:
         take_step(scheduler)
     assert scheduler.num_preemptions == 1
     assert sum(sequence.request.tenant == "a" for sequence in scheduler.running) == 1
+
+
+def test_a_debt_lasts_while_its_tenant_has_something_running() -> None:
+    """Also where nothing of it waits for a while."""
+    queue = FairQueue(quantum=8)
+    for tenant in "ab":
+        request = Request(tenant, (1,), num_choices=2, tenant=tenant)
+        first, second = make_choices(request, LANES["p"], 9)
+        queue.add(first)
+        queue.add(second)
+        queue.take(first)
+        queue.charge(first, 100 if tenant == "a" else 0)
+        queue.take(second)
+    for tenant in "ba":
+        queue.add(*make_choices(Request(tenant, (1,), tenant=tenant), LANES["p"], 9))
+    head = queue.head()
+    assert head is not None
+    assert head.request.tenant == "b"
 
 
 def test_nobody_gives_way_who_has_one_place_alone() -> None:
