@@ -265,7 +265,9 @@ class AlignerService:
         Raises:
             InvalidRequest: a weight that is not positive.
         """
-        self._executor.do(self.registry.promote(name, weights))
+        actions = self.registry.promote(name, weights)
+        self._executor.failed_promotions.pop(name, None)
+        self._executor.do(actions)
 
     def rollback(self, name: str) -> None:
         """Take the last promotion back, or the one that still waits.
@@ -274,6 +276,8 @@ class AlignerService:
             Conflict: there is none.
         """
         self._executor.do(self.registry.rollback(name))
+        # What was taken back is no failure of this.
+        self._executor.failed_promotions.pop(name, None)
 
     def patch(
         self,
@@ -334,10 +338,14 @@ class AlignerService:
         Raises:
             AlignerUnavailable: the one that waited has failed, and nothing has changed.
         """
-        while self.registry.status_of(name).next_shares is not None:
+        wanted = status = self.registry.status_of(name)
+        while status.next_shares is not None and status.next_shares == wanted.next_shares:
             await self._executor.change()
+            status = self.registry.status_of(name)
         if (error := self._executor.failed_promotions.get(name)) is not None:
             raise error
+        if wanted.next_shares not in (None, status.shares):
+            raise AlignerUnavailable(f"The promotion of `{name}` has given way to another one.")
 
     async def wait_change(self) -> None:
         """Until something has changed: a state, shares, progress. For those who watch."""

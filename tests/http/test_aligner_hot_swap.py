@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import threading
@@ -13,10 +14,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ram_core.aligners.states import State
+from ram_core.aligners.states import AskedAligner, State
 from ram_core.errors import AlignerUnavailable
 from ram_core.params import Resampling
 from server.aligners import service
+from server.aligners.service import AlignerService
 from tests.http.house import CHAT, House, Models, house, make_models, put_preset
 from tests.http.standin import chat, chunks_of, count_metrics, wait_until
 
@@ -171,6 +173,9 @@ def test_who_hangs_up_waits_no_more(models, root):
         running.wait_held()
         gone.join()
         wait_until(lambda: running.do(lambda service: service.registry.num_waiting) == 0)
+        with pytest.raises(TimeoutError):
+            running.wait(_give_up)
+        assert running.do(lambda service: service.registry.num_waiting) == 0
         running.release_loads()
         wait_until(lambda: running.version("polite", "v1").state is State.RESIDENT)
         assert running.version("polite", "v1").num_references == 0
@@ -179,6 +184,26 @@ def test_who_hangs_up_waits_no_more(models, root):
 def _hang_up(running: House) -> None:
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{running.server.url}{CHAT}", json=chat(model="polite"), timeout=0.5)
+
+
+async def _give_up(service: AlignerService) -> None:
+    await asyncio.wait_for(service.acquire("r", [AskedAligner("polite")], sticky_key=""), 0.01)
+
+
+def test_a_promotion_that_was_taken_back_tells_who_waits_for_it(models, root):
+    models.put("one", root / "polite" / "v1")
+    models.put("two", root / "polite" / "v2")
+    with house(models, root) as running, ThreadPoolExecutor(1) as pool:
+        assert running.versions_of(running.ask()) == "polite@v2", "the newest at the start"
+        running.is_holding = True
+        promotion = pool.submit(running.promote, "polite", "v1")
+        running.wait_held()
+        running.do(lambda service: service.rollback("polite"))
+        running.wait(lambda service: service.wait_promoted("polite"))
+        with pytest.raises(AlignerUnavailable):
+            promotion.result()
+        running.release_loads()
+        assert running.versions_of(running.ask()) == "polite@v2"
 
 
 def test_what_fails_is_refused_with_a_time_to_come_back(models, root):
