@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.http.aligner_house import ALIGNERS, CHAT, WAIT, House, error_of, open_house, states
+from tests.http.admin_house import ALIGNERS, WAIT, AdminHouse, admin_house, error_of, states
+from tests.http.house import CHAT
 from tests.http.standin import ScriptedEngine, chat, chunks_of, live, wait_until
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with open_house(tmp_path_factory.mktemp("house"), vllm_lora_api=True) as opened:
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdminHouse]:
+    with admin_house(tmp_path_factory.mktemp("house"), vllm_lora_api=True) as opened:
         yield opened
 
 
@@ -80,7 +83,7 @@ def test_an_aligner_that_is_added_and_loaded_answers_at_once(house):
 
 
 def test_an_aligner_that_is_only_known_is_loaded_by_its_first_request(house):
-    house.add("lazy", house.stage("terse"))
+    house.add("lazy", house.stage("two"))
     house.text_of("lazy")
     assert set(states(house.get("lazy")).values()) == {"resident"}
 
@@ -104,8 +107,8 @@ def test_what_is_unloaded_is_freed_and_loaded_again_when_it_is_asked_for(house):
 
 
 def test_one_version_is_loaded_and_unloaded_beside_another(house):
-    first = house.add("pairwise", house.stage("polite"))["version"]
-    second = house.add("pairwise", house.stage("terse"))["version"]
+    first = house.add("pairwise", house.stage("one"))["version"]
+    second = house.add("pairwise", house.stage("two"))["version"]
     assert states(house.do("pairwise", "load", {"version": second, "pin": True})) == {
         first: "absent",
         second: "resident",
@@ -156,8 +159,8 @@ def test_what_runs_on_a_deleted_aligner_is_answered_to_its_end(house):
 
 
 def test_a_promotion_and_its_rollback_change_who_answers(house):
-    first = house.add("moving", house.stage("polite"), load=True)["version"]
-    second = house.add("moving", house.stage("terse"))["version"]
+    first = house.add("moving", house.stage("one"), load=True)["version"]
+    second = house.add("moving", house.stage("two"))["version"]
     before = house.text_of("moving")
     info = house.do("moving", "promote", {"version": second})
     assert (info["shares"], info["earlier_shares"], info["next_shares"]) == (
@@ -173,13 +176,48 @@ def test_a_promotion_and_its_rollback_change_who_answers(house):
 
 
 def test_several_versions_share_requests_by_weight(house):
-    first = house.add("canary", house.stage("polite"))["version"]
-    second = house.add("canary", house.stage("terse"))["version"]
+    first = house.add("canary", house.stage("one"))["version"]
+    second = house.add("canary", house.stage("two"))["version"]
     info = house.do("canary", "promote", {"versions": {first: 3.0, second: 1.0}})
     assert info["shares"] == {first: 0.75, second: 0.25}
     assert set(states(info).values()) == {"resident"}
     texts = {house.text_of("canary", max_tokens=4, user=f"user {number}") for number in range(20)}
     assert len(texts) == 2
+
+
+@contextlib.contextmanager
+def held_promotion(house: AdminHouse, name: str, body: dict) -> Iterator[Future[httpx.Response]]:
+    """Someone waits for a promotion whose load the engine is kept from, until the block is left."""
+    with ThreadPoolExecutor(1) as pool:
+        house.house.is_holding = True
+        try:
+            answer = pool.submit(house.admin.post, f"{ALIGNERS}/{name}/promote", json=body, params=WAIT)
+            house.house.wait_held()
+            yield answer
+        finally:
+            house.house.release_loads()
+
+
+def test_a_promotion_that_waits_is_told_of_and_can_be_taken_back(house):
+    first = house.add("waiting", house.stage("one"), load=True)["version"]
+    second = house.add("waiting", house.stage("two"))["version"]
+    with held_promotion(house, "waiting", {"version": second}) as waits:
+        info = house.get("waiting")
+        assert (info["shares"], info["next_shares"]) == ({first: 1.0}, {second: 1.0})
+        assert states(info)[second] == "loading"
+        info = house.do("waiting", "rollback")
+        assert (info["shares"], info["next_shares"]) == ({first: 1.0}, None)
+        assert error_of(waits.result())[:2] == (409, "conflict")
+
+
+def test_who_waits_for_a_promotion_is_told_that_another_one_came(house):
+    versions = [house.add("overtaken", house.stage(model))["version"] for model in ("one", "two", "three")]
+    house.do("overtaken", "load")
+    with held_promotion(house, "overtaken", {"version": versions[1]}) as waits:
+        answer = house.admin.post(f"{ALIGNERS}/overtaken/promote", json={"version": versions[2]})
+        assert (answer.status_code, answer.json()["next_shares"]) == (202, {versions[2]: 1.0})
+        assert error_of(waits.result())[:2] == (409, "conflict")
+    wait_until(lambda: house.get("overtaken")["shares"] == {versions[2]: 1.0})
 
 
 def break_weights(directory: Path) -> None:
@@ -188,8 +226,8 @@ def break_weights(directory: Path) -> None:
 
 
 def test_a_promotion_that_cannot_be_changes_nothing(house):
-    first = house.add("stable", house.stage("polite"), load=True)["version"]
-    path = house.stage("terse")
+    first = house.add("stable", house.stage("one"), load=True)["version"]
+    path = house.stage("two")
     second = house.add("stable", path)["version"]
     break_weights(house.root / path)
     answer = house.admin.post(f"{ALIGNERS}/stable/promote", json={"version": second}, params=WAIT)
@@ -244,11 +282,11 @@ def test_adapters_come_and_go_by_vllms_paths(house):
     def ask(verb, **fields):
         return house.admin.post(f"/v1/{verb}_lora_adapter", json={"lora_name": "lora", **fields})
 
-    answer = ask("load", lora_path=house.stage("terse"))
+    answer = ask("load", lora_path=house.stage("two"))
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'lora' added successfully.")
     terse = house.text_of("lora")
     # The last one answers; paths may be absolute, as long as they lead below the root.
-    polite = str(house.root / house.stage("polite"))
+    polite = str(house.root / house.stage("one"))
     assert ask("load", lora_path=polite, load_inplace=True).status_code == 200
     assert house.text_of("lora") == house.text_of("polite") != terse
     assert error_of(ask("load", lora_path=str(house.root.parent)))[0] == 400

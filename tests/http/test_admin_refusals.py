@@ -9,13 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.http.aligner_house import ALIGNERS, WAIT, House, error_of, open_house, states
+from tests.http.admin_house import ALIGNERS, WAIT, AdminHouse, admin_house, error_of, states
 from tests.http.standin import ScriptedEngine, live
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with open_house(tmp_path_factory.mktemp("house"), vllm_lora_api=True) as opened:
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdminHouse]:
+    with admin_house(tmp_path_factory.mktemp("house"), vllm_lora_api=True) as opened:
         yield opened
 
 
@@ -52,12 +52,12 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
 def test_a_path_that_leads_elsewhere_or_to_no_aligner_is_refused(house, tmp_path, path):
     if not (house.root / "file").exists():
         (house.root / "file").write_text("x")
-        (house.root / "link-out").symlink_to(house.proposal.parent)
+        (house.root / "link-out").symlink_to(house.models.proposal.parent)
         for name, extra in (("linked", ""), ("pickled", "old.bin"), ("coded", "modeling.py")):
-            shutil.copytree(house.saved["polite"], house.root / ".staging" / name)
+            shutil.copytree(house.models.small["one"], house.root / ".staging" / name)
             (house.root / ".staging" / name / (extra or "x")).write_text("x")
         (house.root / ".staging" / "linked" / "x").unlink()
-        (house.root / ".staging" / "linked" / "more.json").symlink_to(house.proposal / "config.json")
+        (house.root / ".staging" / "linked" / "more.json").symlink_to(house.models.proposal / "config.json")
         (house.root / ".staging" / "empty").mkdir()
     answer = house.admin.post(ALIGNERS, json={"name": "refused", "path": path})
     assert error_of(answer) == (400, "invalid_value", "path")
@@ -131,7 +131,7 @@ def test_a_hub_id_never_means_a_local_directory(house, tmp_path, monkeypatch):
     """Even if one lies below the working directory."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    shutil.copytree(house.saved["polite"], tmp_path / "org" / "local")
+    shutil.copytree(house.models.small["one"], tmp_path / "org" / "local")
     monkeypatch.chdir(tmp_path)
     answer = house.admin.post(ALIGNERS, json={"name": "local", "hub_id": "org/local"})
     assert error_of(answer) == (400, "invalid_value", "hub_id")
@@ -147,7 +147,7 @@ def test_an_aligner_comes_from_the_hubs_cache(house, tmp_path, monkeypatch):
     (repository / "blobs").mkdir()
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
-    for path in house.saved["terse"].iterdir():
+    for path in house.models.small["two"].iterdir():
         shutil.copy(path, repository / "blobs" / path.name)
         (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
     body = {"name": "org/warm", "hub_id": "org/warm", "load": True}

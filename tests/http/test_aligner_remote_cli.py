@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import pytest
 
 from server.tenants.keys import Seal
-from tests.http.aligner_house import ADMIN_KEY, ALIGNERS, House, open_house, states
+from tests.http.admin_house import ADMIN_KEY, ALIGNERS, AdminHouse, admin_house, states
 from tests.http.standin import ScriptedEngine, live, wait_until
 from tests.http.test_cli import assert_one_line, ram
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with open_house(tmp_path_factory.mktemp("house")) as opened:
+def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdminHouse]:
+    with admin_house(tmp_path_factory.mktemp("house")) as opened:
         yield opened
 
 
@@ -37,7 +37,7 @@ def row_of(output: str, word: str) -> list[str]:
 
 
 def test_an_aligner_goes_through_its_life(house, run):
-    path, other = house.stage("polite"), house.stage("terse")
+    path, other = house.stage("one"), house.stage("two")
     first = told(run("load", "lively", "--path", path, "--pin", "--json"))
     assert states(first) == {first["version"]: "resident"}
     assert first["versions"][0]["pinned"]
@@ -67,8 +67,8 @@ def test_people_get_a_table(house, run):
 
 
 def test_versions_are_compared_by_what_was_measured_of_them(house, run):
-    first = house.add("rivals", house.stage("polite"), load=True)["version"]
-    second = house.add("rivals", house.stage("terse"))["version"]
+    first = house.add("rivals", house.stage("one"), load=True)["version"]
+    second = house.add("rivals", house.stage("two"))["version"]
     house.text_of("rivals", alignment={"kl_threshold": -1.0})
     house.text_of("rivals", alignment={"strength": 2.0})
     measured = told(run("compare", "rivals", "--json"))

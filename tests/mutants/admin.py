@@ -49,7 +49,11 @@ ADMIN_MUTANTS = [
         ("is_pinned=body.pinned,", ""),
     ),
     *mutants("server/routes/aligner_views.py", _API, ("time.time() - idle_s", "status.last_used_s")),
-    *mutants("server/routes/lora.py", _API, ("service.promote(key.name, key.version)", "pass")),
+    *mutants(
+        "server/routes/lora.py",
+        _API,
+        ("service.promote(key.name, key.version)", "service.load(key.name, key.version)"),
+    ),
     *mutants("server/openai/admin_schema.py", _REFUSALS, ('extra="forbid"', 'extra="ignore"')),
     *mutants(
         "server/aligners/known.py",

@@ -11,32 +11,37 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from transformers.utils import logging as transformers_logging
 
-from server.commands.serve import load
-from server.settings import Settings
-from tests.http.standin import LiveServer, chat, live
-from tests.models import save_pair
+from tests.http.house import CHAT, House, Models, house, make_models
+from tests.http.standin import LiveServer, chat
 
-CHAT, ALIGNERS = "/v1/chat/completions", "/v1/aligners"
+ALIGNERS = "/v1/aligners"
 ADMIN_KEY = "4dmin"
 WAIT = {"wait": 60}
 
 
 @dataclass(frozen=True)
-class House:
-    """`root` is the directory of aligners, where `polite/v1` is found; others are copied from `saved`."""
+class AdminHouse:
+    """A house and its admin. In its directory is the version `v1` of `polite`, which is the model "one"."""
 
-    server: LiveServer
+    house: House
     admin: httpx.Client
-    root: Path
-    proposal: Path
-    saved: dict[str, Path]
+    models: Models
     _numbers: Iterator[int] = field(default_factory=itertools.count)
 
-    def stage(self, saved: str = "polite") -> str:
-        """Put a copy below the root, where the watcher does not look; its path."""
-        path = f".staging/{saved}-{next(self._numbers)}"
-        shutil.copytree(self.saved[saved], self.root / path)
+    @property
+    def server(self) -> LiveServer:
+        return self.house.server
+
+    @property
+    def root(self) -> Path:
+        return self.house.root
+
+    def stage(self, model: str = "one") -> str:
+        """Put a copy of a model below the root, where the watcher does not look; its path."""
+        path = f".staging/{model}-{next(self._numbers)}"
+        shutil.copytree(self.models.small[model], self.root / path)
         return path
 
     def add(self, name: str, path: str, **fields: Any) -> dict[str, Any]:
@@ -60,24 +65,21 @@ class House:
 
 
 @contextlib.contextmanager
-def open_house(folder: Path, **settings: Any) -> Iterator[House]:
-    """Serve aligners from a new directory until the block is left."""
-    proposal, saved = save_pair(folder / "pair", max_position_embeddings=1024)
+def admin_house(folder: Path, **settings: Any) -> Iterator[AdminHouse]:
+    """Serve aligners from a new directory until the block is left; none is loaded before it is wanted."""
+    # Commands run in this process, and what they say on stderr is looked at.
+    transformers_logging.disable_progress_bar()
+    models = make_models(folder / "models")
     root = folder / "aligners"
-    shutil.copytree(saved["polite"], root / "polite" / "v1")
+    shutil.copytree(models.small["one"], root / "polite" / "v1")
     (root / ".staging").mkdir()
-    chosen = Settings(
-        proposal=str(proposal), aligners_dir=root, engine="thread", device="cpu", kv_memory=2**22, max_batch=4
-    )
-    loaded = load(chosen)
-    keys = {"admin_key": ADMIN_KEY, **settings}
+    bearer = {"Authorization": f"Bearer {ADMIN_KEY}"}
     with (
-        live(loaded.engine, loaded.tokenizer, loaded.inventory, **keys) as server,
-        httpx.Client(
-            base_url=server.url, timeout=90, headers={"Authorization": f"Bearer {ADMIN_KEY}"}
-        ) as admin,
+        house(models, root, preload=(), admin_key=ADMIN_KEY, **settings) as running,
+        httpx.Client(base_url=running.server.url, timeout=90, headers=bearer) as admin,
     ):
-        yield House(server, admin, root, proposal, saved)
+        yield AdminHouse(running, admin, models)
+    transformers_logging.enable_progress_bar()
 
 
 def states(info: dict[str, Any]) -> dict[str, str]:
