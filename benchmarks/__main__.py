@@ -28,6 +28,7 @@ NAMES = (
     "http",
     "delivery",
     "fairness",
+    "hot_loading",
 )
 RESULTS = Path(__file__).parent / "results"
 
