@@ -20,7 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks.common import Benchmark, Options, Pair, checkpoints, random_prompts, say
 from benchmarks.engine_way import EngineWay, Job
 from benchmarks.tables import Cell, Claim, Outcome, Table
-from benchmarks.workers import tree_peak_mib, worker
+from benchmarks.workers import stopped, tree_peak_mib, worker
 
 RAM = Path(sys.executable).with_name("ram")
 START_S = 300
@@ -83,22 +83,32 @@ def run(options: argparse.Namespace) -> Outcome:
         others = []
         if options.base_url:
             others = [Server("another server", options.base_url, options.base_model, options.base_pid)]
+        servers = [ours, *others]
         found: dict[tuple[str, int], list[Answers]] = {}
         # The first round warms up.
         for turn in range(options.rounds + 1):
             say(f"http: round {turn} of {options.rounds}")
             prompts = random_prompts(options, options.streams, options.prompt, seed=turn)
-            took_s = alone.ask("generate", prompts, options.answer)
+            with stopped(_pids(servers)):
+                took_s = alone.ask("generate", prompts, options.answer)
             counted = [("engine alone", options.streams, Answers(len(prompts) * options.answer / took_s))]
-            counted.append(("over HTTP", options.streams, load(ours, prompts, options, scratch)))
+            asked = [(ours, prompts)]
             if others:
                 few = random_prompts(options, options.base_streams, options.prompt, seed=-1 - turn)
-                counted += [(at.way, len(few), load(at, few, options, scratch)) for at in [ours, *others]]
+                asked += [(at, few) for at in servers]
+            for at, each in asked:
+                # A server that waits may keep its threads awake: the machine is for the one that is asked.
+                with stopped(_pids(other for other in servers if other is not at)):
+                    counted.append((at.way, len(each), load(at, each, options, scratch)))
             for way, streams, answers in counted if turn else []:
                 found.setdefault((way, streams), []).append(answers)
-        peaks = {at.way: tree_peak_mib(at.pid) if at.pid else None for at in [ours, *others]}
+        peaks = {at.way: tree_peak_mib(at.pid) if at.pid else None for at in servers}
         peaks["engine alone"] = alone.peak_mib
     return _outcome(options, found, peaks)
+
+
+def _pids(servers: Iterable[Server]) -> list[int]:
+    return [server.pid for server in servers if server.pid is not None]
 
 
 @contextmanager

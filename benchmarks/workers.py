@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import resource
+import signal
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -91,11 +93,30 @@ def peak_resident_mib(pid: int | str = "self") -> float:
 
 def tree_peak_mib(pid: int) -> float:
     """The sum of what a process and all that it started ever held resident; 0 for what has ended."""
+    return sum(peak_resident_mib(each) for each in process_tree(pid))
+
+
+@contextmanager
+def stopped(pids: Iterable[int]) -> Iterator[None]:
+    """Let these processes and all that they started have no CPU inside the block."""
+    trees = [each for pid in pids for each in process_tree(pid)]
+    for pid in trees:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in trees:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def process_tree(pid: int) -> list[int]:
+    """A process and all that it started, as long as it lives."""
     if not Path(f"/proc/{pid}/status").exists():
-        return 0.0
+        return []
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     children = [int(child) for task in tasks for child in task.read_text(encoding="ascii").split()]
-    return peak_resident_mib(pid) + sum(tree_peak_mib(child) for child in children)
+    return [pid, *(each for child in children for each in process_tree(child))]
 
 
 def _silence_transformers() -> None:

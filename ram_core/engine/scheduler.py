@@ -2,7 +2,8 @@
 
 Sequences that are being written come first, one token each; what is left of the step's budget goes to
 prompts, in chunks, shared equally between tenants. Beside writing, a chunk is short, so that a long prompt
-delays no other sequence's next token by much; alone it may fill the step.
+delays no other sequence's next token by much; alone it may fill the step. Where more could read than do
+write, as in a burst that finds the server idle, the chunk is so many times as long: few wait for many.
 
 A sequence is admitted when a slot and pages for its prompt are free, in the order of `FairQueue`; it begins
 behind the longest prefix that its lanes find in the books. When a running one finds no page, or somebody of a
@@ -166,11 +167,12 @@ class Scheduler:
             self._row(sequence, 1) for sequence in writing if sequence.slot >= 0 and self._make_room(sequence)
         ]
         reading = [sequence for sequence in self.running if sequence.num_pending > 1]
-        started = self._admit(reading, self._chunk_budget(len(rows)))
+        budget = self._chunk_budget(len(rows), len(reading))
+        started = self._admit(reading, budget)
         # Those put back for somebody of a better priority leave the step; their share goes to the prompts.
         rows = [row for row in rows if row.is_current]
         reading = [sequence for sequence in reading if sequence.slot >= 0]
-        shares = self._share_out(reading, self._chunk_budget(len(rows)))
+        shares = self._share_out(reading, self._chunk_budget(len(rows), len(reading)))
         rows += [self._row(sequence, num) for sequence, num in zip(reading, shares, strict=True) if num]
         rows.sort(key=lambda row: row.num_tokens > 1)
         return Plan(tuple(rows), tuple(started))
@@ -206,10 +208,14 @@ class Scheduler:
         # At least one prompt token must fit beside a full batch of drawing sequences.
         self._max_step_tokens = max(max_step_tokens, self._num_slots + 1)
 
-    def _chunk_budget(self, num_writing: int) -> int:
-        """Tokens of prompts that a step may read."""
+    def _chunk_budget(self, num_writing: int, num_reading: int) -> int:
+        """Tokens of prompts that a step may read: a chunk, or more where many wait for the sake of few."""
         left = self._max_step_tokens - num_writing
-        return min(left, self._max_chunk_tokens) if num_writing else left
+        if not num_writing:
+            return left
+        if self._free_slots:
+            num_reading += min(len(self._queue), len(self._free_slots))
+        return min(left, self._max_chunk_tokens * max(num_reading // num_writing, 1))
 
     def _free_followers(self, leader: Sequence) -> None:
         for sequence in reversed(self._followers.pop(leader, [])):

@@ -88,6 +88,25 @@ def test_a_chunk_is_short_beside_writing_and_fills_the_step_alone() -> None:
     assert shape(step(scheduler))[2:] == [("next", 5, 5, False)]
 
 
+def test_a_chunk_is_longer_where_more_could_read_than_write() -> None:
+    scheduler = make_scheduler(num_slots=7, max_step_tokens=40, max_chunk_tokens=5)
+    for name in "ab":
+        scheduler.add(make_sequence(name, 2))
+    step(scheduler)
+    for name in "cdefgh":
+        scheduler.add(make_sequence(name, 30))
+    # Five slots are free for them, which is two for each that writes; the sixth counts for nothing.
+    assert [row.num_tokens for row in step(scheduler).rows] == [1, 1, 10]
+    # With one reader for each writer, or fewer, it is as short as for one.
+    scheduler = make_scheduler(num_slots=7, max_step_tokens=40, max_chunk_tokens=5)
+    for name in "abc":
+        scheduler.add(make_sequence(name, 2))
+    step(scheduler)
+    for name in "defgh":
+        scheduler.add(make_sequence(name, 30))
+    assert [row.num_tokens for row in step(scheduler).rows] == [1, 1, 1, 5]
+
+
 def test_rows_of_one_token_come_first() -> None:
     scheduler = make_scheduler(max_step_tokens=6)
     scheduler.add(make_sequence("long", 9))
