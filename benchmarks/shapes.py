@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 32_000
@@ -103,11 +103,17 @@ def save_checkpoint(shape: Shape, directory: Path, dtype: str, device: str, seed
 
 
 def _save_tokenizer(directory: Path, vocab_size: int) -> None:
-    """A tokenizer of `vocab_size` made-up words."""
+    """A tokenizer of `vocab_size` made-up words, which become bytes as those of most checkpoints do."""
     special = ["<bos>", "<eos>", "<pad>", "<unk>"]
-    words = special + [f"w{index}" for index in range(len(special), vocab_size)]
+    # As byte-level tokenizers write a word behind a space.
+    words = special + [
+        f"\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}w{n}" for n in range(len(special), vocab_size)
+    ]
     core = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)]
+    )
+    core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
