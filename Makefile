@@ -7,7 +7,7 @@ PORT ?= 8000
 BIN = $(VENV)/bin
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: run test check format mutants bench clean
+.PHONY: run test check format mutants faults bench clean
 
 run: $(VENV)/.run  ## Serve the embedded demo on HOST:PORT.
 	$(BIN)/ram serve --demo --host $(HOST) --port $(PORT)
@@ -28,6 +28,9 @@ format: $(VENV)/.dev  ## Rewrite the code as the linter wants it.
 
 mutants: $(VENV)/.dev  ## Break the code on purpose, line by line, and see the tests fail.
 	$(BIN)/python -m tests.mutants
+
+faults: $(VENV)/.dev  ## Overload, faults and bad requests in full length, with a table of what they did.
+	FULL_LENGTH=1 $(BIN)/python -m pytest tests/load tests/faults -s
 
 bench: $(VENV)/.run  ## What the README of benchmarks/ claims, measured on this machine.
 	$(BIN)/python -m benchmarks

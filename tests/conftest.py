@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.told import TABLE
+
 # Tiny tensors: threads cost more than they bring, ruinously so on a busy machine.
 torch.set_num_threads(1)
 
@@ -23,3 +25,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         folder = Path(item.path).relative_to(Path(__file__).parent).parts[0]
         if folder in FOLDERS:
             item.add_marker(folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of all faults that were injected."""
+    if TABLE and terminalreporter.config.getoption("capture") == "no":
+        terminalreporter.write_sep("=", "faults")
+        for line in TABLE.lines():
+            terminalreporter.write_line(line)

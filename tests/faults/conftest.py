@@ -1,4 +1,4 @@
-"""What the suites share: a small real engine behind a live server, and a table of what faults did."""
+"""What the suites share: a small real engine behind a live server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.thread import EngineThread
 from ram_core.models.vocabulary import load_tokenizer
-from tests.faults.told import TABLE
 from tests.http.standin import LiveServer, live
 from tests.models import save_pair
 
@@ -20,17 +19,9 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServe
     """A proposal and two aligners with room for 16 sequences, in this process."""
     torch.set_num_threads(1)
     proposal, aligners = save_pair(tmp_path_factory.mktemp("pair"))
-    sources = tuple(AlignerSource(name, str(path)) for name, path in aligners.items())
+    sources = tuple(AlignerSource(f"{name}@1", str(path)) for name, path in aligners.items())
     config = EngineConfig(
         str(proposal), sources, device="cpu", kv_memory_bytes=4 * 2**20, max_batch=4, max_queue=12
     )
     with live(EngineThread.start(config), load_tokenizer(str(proposal))) as running:
         yield running
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The table of all faults that were injected."""
-    if TABLE and terminalreporter.config.getoption("capture") == "no":
-        terminalreporter.write_sep("=", "faults")
-        for line in TABLE.lines():
-            terminalreporter.write_line(line)

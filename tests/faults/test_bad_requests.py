@@ -15,8 +15,8 @@ from ram_core.errors import ContextLengthExceeded
 from server.text import encode_chat, encode_prompts
 from tests.faults.bad_requests import BY_HAND, CHAT, CROSSED, TEXT, Bad
 from tests.faults.judge import fault_of
-from tests.faults.lengths import full_or_short
 from tests.http.standin import PATIENCE_S, TOKENIZER, LiveServer, chat, count_metrics, wait_until
+from tests.lengths import full_or_short
 
 JSON = {"content-type": "application/json"}
 

@@ -19,6 +19,7 @@ from ram_core.models.vocabulary import load_tokenizer
 from tests.http.standin import LiveServer, chat, count_metrics, live
 from tests.http.test_cli import assert_one_line, ram, serve
 from tests.models import save_pair
+from tests.told import TABLE
 
 CHAT = "/v1/chat/completions"
 NUM_STREAMS = 32
@@ -97,7 +98,7 @@ def endings_of_streams(server: LiveServer, strike: Callable[[], None]) -> list[l
 
 
 def test_a_killed_engine_fails_its_streams_clearly_and_comes_back(
-    server: LiveServer, client: httpx.Client, capsys: pytest.CaptureFixture[str]
+    server: LiveServer, client: httpx.Client
 ) -> None:
     before, was = num_restarts(client), pid_of(server)
     endings = endings_of_streams(server, lambda: os.kill(was, signal.SIGKILL))
@@ -122,8 +123,10 @@ def test_a_killed_engine_fails_its_streams_clearly_and_comes_back(
     assert num_restarts(client) == before + 1
     for model in ("big", "polite", "terse"):
         assert client.post(CHAT, json=chat(model=model, max_tokens=3)).status_code == 200
-    with capsys.disabled():
-        print(f" recovered in {time.monotonic() - failed_s:.1f} s ", end="")
+    recovery_s = time.monotonic() - failed_s
+    TABLE.add(
+        "the engine is killed", "an error event, then 503 with Retry-After", recovery_s, "running answers"
+    )
 
 
 def test_a_death_while_loading_again_is_tried_again(server: LiveServer, client: httpx.Client) -> None:
@@ -158,10 +161,11 @@ def test_an_engine_that_hangs_is_neither_alive_nor_ready_until_it_goes_on(
             assert "the engine made no progress for" in client.get("/health/ready").json()["reason"]
         finally:
             os.kill(pid_of(server), signal.SIGCONT)
-        until(lambda: client.get("/health/live").status_code == 200, "the engine goes on")
+        mended_s = until(lambda: client.get("/health/live").status_code == 200, "the engine goes on")
         assert is_ready(client)
         rest = [line for line in lines if line]
     assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    TABLE.add("the engine hangs, and goes on", "a pause; both probes 503", mended_s, "nothing")
 
 
 def children_of(pid: int) -> list[int]:

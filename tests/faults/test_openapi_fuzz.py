@@ -12,8 +12,8 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.generation import GenerationMode
 
 from tests.faults.judge import fault_of
-from tests.faults.lengths import full_or_short
 from tests.http.standin import PATIENCE_S, LiveServer
+from tests.lengths import full_or_short
 
 MODES = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
 EXAMPLES = {"POST": full_or_short(1500, 20), "GET": full_or_short(100, 5)}
