@@ -25,7 +25,7 @@ from server.tenants.editing import add_tenant
 from tests.faults.crowd import CHAT, Seen, client_of, crowd, read_stream
 from tests.faults.operated import PATIENCE_S, Operated, operate, until
 from tests.http.standin import chat
-from tests.lengths import full_or_short
+from tests.lengths import IS_FULL, full_or_short
 from tests.models import save_pair
 from tests.told import TABLE
 
@@ -245,6 +245,7 @@ def test_a_reload_disturbs_no_stream_and_takes_new_keys_up(running: Operated, cl
     TABLE.add("SIGHUP under load", "nothing", taken_s, "nothing")
 
 
+@pytest.mark.skipif(not IS_FULL, reason="another start of the engine, which `make faults` waits for")
 def test_an_engine_that_gets_no_memory_from_the_system_ends_and_comes_back(
     running: Operated, client: httpx.Client
 ) -> None:

@@ -19,10 +19,10 @@ from tests.lengths import IS_FULL, full_or_short
 from tests.models import save_pair
 from tests.told import TABLE
 
-CAPACITY_S = full_or_short(15.0, 2.0)
+CAPACITY_S = full_or_short(10.0, 2.0)
 OVERLOAD_S = full_or_short(60.0, 6.0)
 FACTOR = 10
-NUM_TOKENS = 64
+NUM_TOKENS = 128
 MAX_BATCH, MAX_QUEUE = 8, 8
 GROWTH_BYTES = 48 * 2**20
 """What lists, buffers and connections of thousands of clients may leave behind; a leak leaves more."""
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.timeout(300)
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
     """A model that is wide enough to be what the time goes into, not the requests."""
     home: Path = tmp_path_factory.mktemp("overload")
-    proposal, aligners = save_pair(home / "pair", aligners=("polite",), hidden=256, layers=4)
+    proposal, aligners = save_pair(home / "pair", aligners=("polite",), hidden=128, layers=2)
     words = f"--aligner polite={aligners['polite']} --max-batch {MAX_BATCH} --max-queue {MAX_QUEUE}"
     with operate(home, proposal, *words.split(), "--kv-memory", "64MiB") as opened:
         yield opened
