@@ -54,15 +54,15 @@ def test_a_checkpoint_that_goes_bad_after_it_was_verified_is_never_served(
         return sound
 
     monkeypatch.setattr(Checker, "check", check_and_damage)
-    running.wait(lambda service: service.add("polite", str(running.root / "polite" / "v2")))
-    with pytest.raises(AlignerUnavailable) as failure:
+    running.wait(lambda service: service.add("polite", "polite/v2"))
+    with pytest.raises(AlignerUnavailable, match="could not be loaded"):
         running.promote("polite", "v2")
     assert running.versions_of(running.ask()) == "polite@v1"
     assert running.ask().json()["choices"] == before
     assert running.client.get("/health/ready").status_code == 200
     TABLE.add(
         f"a checkpoint goes bad after its verification ({damage})",
-        f"requests: nothing, v1 answers on; the admin: {str(failure.value)[:60]}…",
+        "requests: nothing, the version before answers on; the admin: why it could not be loaded",
         None,
         "nothing",
     )

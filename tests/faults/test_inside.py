@@ -68,7 +68,7 @@ def test_a_request_with_nan_fails_alone(small_server: LiveServer, client: httpx.
         before = weight[SPOILT].clone()
         weight[SPOILT] = torch.nan
     try:
-        body = {"prompt": [5, 6, SPOILT, 7], "max_tokens": 4}
+        body = {"prompt": [5, 6, 7, SPOILT], "max_tokens": 4}
         assert_failed(during(client, lambda: client.post(TEXT, json=body)), "finite")
     finally:
         with torch.inference_mode():
