@@ -216,6 +216,9 @@ class Settings(BaseSettings):
         options: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         if self.aligners_dir is not None and not self.aligners_dir.is_dir():
             raise SettingsError(f"`aligners_dir` is not a directory: {self.aligners_dir}")
+        if self.aligners_dir is not None:
+            # What comes later is read into a slot that is free, and shares a forward with what is there.
+            options.setdefault("aligner_slots", len(aligners) + 1)
         return EngineConfig(proposal=self._proposal_source(), aligners=aligners, **options)
 
     def _proposal_source(self) -> str:

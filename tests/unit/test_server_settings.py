@@ -189,3 +189,11 @@ def test_the_demo_is_served_where_nothing_else_is_named(tmp_path, monkeypatch):
     own = load_settings(aligners=["polite=/own", "terse=/other"])
     assert own.aligner_sources() == {"polite": "/own", "terse": "/other"}
     assert not load_settings(proposal=str(tmp_path)).aligner_sources()
+
+
+def test_a_watched_directory_leaves_room_for_one_more_aligner_unless_told(tmp_path):
+    begins = (AlignerSource("a", "a"), AlignerSource("b", "b"))
+    plain = load_settings(proposal=str(tmp_path))
+    watching = load_settings(proposal=str(tmp_path), aligners_dir=tmp_path)
+    told = load_settings(proposal=str(tmp_path), aligners_dir=tmp_path, aligner_slots=7)
+    assert [each.engine_config(begins).aligner_slots for each in (plain, watching, told)] == [0, 3, 7]
