@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,7 +37,7 @@ from ram_core.engine.messages import (
     TokenEvent,
 )
 from ram_core.errors import AlignerUnavailable, CheckpointError
-from ram_core.models import packed_linear
+from ram_core.models import packed_linear, stored
 from ram_core.models.kv import KvPool
 from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.paged import PagedModel
@@ -189,8 +190,10 @@ def test_a_slot_is_filled_without_a_model_beside_it(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_weights_of_another_dtype_are_rounded_as_transformers_does(
-    engine: Engine, config: EngineConfig, sources: dict[str, Path], tmp_path: Path, dtype: torch.dtype
+    engine: Engine, config: EngineConfig, tmp_path: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In pieces that are smaller than a weight."""
+    monkeypatch.setattr(stored, "_PIECE_BYTES", 1 << 10)
     path = save_model(tmp_path / "new", "llama", seed=11, dtype=dtype, max_shard_size="5KB", **SMALL)
     begun = Engine.load(replace(config, aligners=(AlignerSource("new@2", str(path)),)))
     assert isinstance(bring(engine, "new@2", path), AlignerLoaded)
@@ -337,11 +340,27 @@ def test_steps_do_not_depend_on_the_default_dtype(tmp_path: Path, family: str) -
 
 
 def test_a_load_leaves_the_process_as_it_was(engine: Engine, sources: dict[str, Path]) -> None:
-    before = torch.get_num_threads(), sys.getswitchinterval(), torch.get_default_dtype()
-    os_before = os.getpriority(os.PRIO_PROCESS, 0)
-    bring(engine, "new@2", sources["wide"])
-    assert (torch.get_num_threads(), sys.getswitchinterval(), torch.get_default_dtype()) == before
-    assert os.getpriority(os.PRIO_PROCESS, 0) == os_before
+    def settings() -> list[object]:
+        """What holds here, and for a thread that begins now."""
+        seen: list[object] = [sys.getswitchinterval(), torch.get_default_dtype()]
+
+        def look() -> None:
+            seen.extend([torch.get_num_threads(), os.getpriority(os.PRIO_PROCESS, 0)])
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+        look()
+        return seen
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        before = settings()
+        assert isinstance(bring(engine, "new@2", sources["wide"]), AlignerLoaded)
+        assert settings() == before
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def test_freeing_waits_for_the_steps_that_may_still_read(engine: Engine, sources: dict[str, Path]) -> None:
