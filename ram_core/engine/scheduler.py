@@ -3,7 +3,8 @@
 Sequences that are being written come first, one token each; what is left of the step's budget goes to
 prompts, in chunks, shared equally between tenants. Beside writing, a chunk is short, so that a long prompt
 delays no other sequence's next token by much; alone it may fill the step. Where more could read than do
-write, as in a burst that finds the server idle, the chunk is so many times as long: few wait for many.
+write, as in a burst that finds the server idle, the chunk is so many times as long: few wait for many. And
+what is left of a prompt of a tenant that writes nothing is read at once, if it is short.
 
 A sequence is admitted when a slot and pages for its prompt are free, in the order of `FairQueue`; it begins
 behind the longest prefix that its lanes find in the books. When a running one finds no page, or somebody of a
@@ -29,6 +30,8 @@ from ram_core.engine.fair_queue import FairQueue
 from ram_core.engine.pages import PageBook, pages_for
 from ram_core.engine.sequence import Sequence
 
+_GUEST_CHUNKS = 2
+"""Up to so many chunks are read at once for a tenant that writes nothing."""
 _MIN_SHARE = 16
 """So many tokens of prompt a tenant gets in a step at least, if it gets any."""
 
@@ -95,6 +98,8 @@ class Scheduler:
         # What was given back while steps ran: pool, pages, and the last step that was launched before.
         self._leaving: deque[tuple[int, str, list[int]]] = deque()
         self._max_chunk_tokens = max_chunk_tokens
+        # Never twice in a row: other prompts get on, however many strangers come.
+        self._has_welcomed = False
         self._set_budget(max_step_tokens)
 
     @property
@@ -172,7 +177,7 @@ class Scheduler:
         # Those put back for somebody of a better priority leave the step; their share goes to the prompts.
         rows = [row for row in rows if row.is_current]
         reading = [sequence for sequence in reading if sequence.slot >= 0]
-        shares = self._share_out(reading, self._chunk_budget(len(rows), len(reading)))
+        shares = self._shares(reading, rows)
         rows += [self._row(sequence, num) for sequence, num in zip(reading, shares, strict=True) if num]
         rows.sort(key=lambda row: row.num_tokens > 1)
         return Plan(tuple(rows), tuple(started))
@@ -259,6 +264,27 @@ class Scheduler:
         if not sequence.has_started:
             self._queue.charge(sequence, sequence.num_pending)
         return True
+
+    def _shares(self, reading: list[Sequence], writing: list[ScheduledRow]) -> list[int]:
+        """Tokens for each reader. The rest of a prompt whose tenant writes nothing is read at once if short."""
+        budget = self._chunk_budget(len(writing), len(reading))
+        guest = None if self._has_welcomed else self._guest(reading, writing)
+        self._has_welcomed = guest is not None
+        if guest is None:
+            return self._share_out(reading, budget)
+        others = [sequence for sequence in reading if sequence is not guest]
+        shares = dict(zip(others, self._share_out(others, max(budget - guest.num_pending, 0)), strict=True))
+        return [guest.num_pending if sequence is guest else shares[sequence] for sequence in reading]
+
+    def _guest(self, reading: list[Sequence], writing: list[ScheduledRow]) -> Sequence | None:
+        """The first whose tenant only waits while others write, and whose prompt is soon read."""
+        if not writing:
+            return None
+        tenants = {row.sequence.request.tenant for row in writing}
+        left = self._max_step_tokens - len(writing)
+        soon = min(_GUEST_CHUNKS * self._max_chunk_tokens, left)
+        strangers = (each for each in reading if each.request.tenant not in tenants)
+        return next((each for each in strangers if each.num_pending <= soon), None)
 
     def _share_out(self, reading: list[Sequence], budget: int) -> list[int]:
         """Tokens for each reader: its tenant's equal share, oldest first; then what others leave over."""

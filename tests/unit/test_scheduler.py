@@ -32,8 +32,10 @@ def make_scheduler(
     )
 
 
-def make_sequence(name: str, prompt: int, *, pools: tuple[str, ...] = ("p",), limit: int = 1000) -> Sequence:
-    request = Request(name, tuple(range(prompt)), SamplingParams())
+def make_sequence(
+    name: str, prompt: int, *, pools: tuple[str, ...] = ("p",), limit: int = 1000, tenant: str = ""
+) -> Sequence:
+    request = Request(name, tuple(range(prompt)), SamplingParams(), tenant=tenant)
     return Sequence(
         request=request,
         index=0,
@@ -105,6 +107,28 @@ def test_a_chunk_is_longer_where_more_could_read_than_write() -> None:
     for name in "defgh":
         scheduler.add(make_sequence(name, 30))
     assert [row.num_tokens for row in step(scheduler).rows] == [1, 1, 1, 5]
+
+
+def test_a_tenant_that_writes_nothing_has_a_short_prompt_read_at_once() -> None:
+    scheduler = make_scheduler(num_slots=6, max_step_tokens=40, max_chunk_tokens=5)
+    for name in "abc":
+        scheduler.add(make_sequence(name, 2, tenant="loud"))
+    step(scheduler)
+    scheduler.add(make_sequence("quiet", 10, tenant="quiet"))
+    scheduler.add(make_sequence("other", 10, tenant="other"))
+    # Two chunks for one of them, then one chunk as ever, then the next.
+    assert shape(step(scheduler))[3:] == [("quiet", 0, 10, True)]
+    assert shape(step(scheduler))[4:] == [("other", 0, 5, False)]
+    assert shape(step(scheduler))[4:] == [("other", 5, 5, True)]
+
+
+def test_a_stranger_with_a_long_prompt_shares_until_little_is_left() -> None:
+    scheduler = make_scheduler(num_slots=4, max_step_tokens=40, max_chunk_tokens=5)
+    for name in "ab":
+        scheduler.add(make_sequence(name, 2, tenant="loud"))
+    step(scheduler)
+    scheduler.add(make_sequence("quiet", 17, tenant="quiet"))
+    assert [shape(step(scheduler))[2][1:3] for _ in range(3)] == [(0, 5), (5, 5), (10, 7)]
 
 
 def test_rows_of_one_token_come_first() -> None:
