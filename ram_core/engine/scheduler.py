@@ -3,8 +3,8 @@
 Sequences that are being written come first, one token each; what is left of the step's budget goes to
 prompts, in chunks, shared equally between tenants. Beside writing, a chunk is short, so that a long prompt
 delays no other sequence's next token by much; alone it may fill the step. Where more could read than do
-write, as in a burst that finds the server idle, the chunk is so many times as long: few wait for many. And
-what is left of a prompt of a tenant that writes nothing is read at once, if it is short.
+write, as in a burst that finds the server idle, the chunk is so many times as long: few wait for many. What
+is left of a short prompt is read at once if its tenant writes nothing.
 
 A sequence is admitted when a slot and pages for its prompt are free, in the order of `FairQueue`; it begins
 behind the longest prefix that its lanes find in the books. When a running one finds no page, or somebody of a
