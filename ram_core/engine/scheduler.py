@@ -266,7 +266,7 @@ class Scheduler:
         return True
 
     def _shares(self, reading: list[Sequence], writing: list[ScheduledRow]) -> list[int]:
-        """Tokens for each reader. The rest of a prompt whose tenant writes nothing is read at once if short."""
+        """Tokens for each reader; what is left of a guest's prompt goes before all others."""
         budget = self._chunk_budget(len(writing), len(reading))
         guest = None if self._has_welcomed else self._guest(reading, writing)
         self._has_welcomed = guest is not None
