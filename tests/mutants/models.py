@@ -24,10 +24,9 @@ MODEL_MUTANTS = [
         ("ends[[row.wants_logits for row in rows]] - 1", "ends - 1"),
         ("[-(-length // page_size) for length in context_lens]",
          "[length // page_size + 1 for length in context_lens]"),
-        ("max(num_pages)), TRASH_PAGE", "max(num_pages)), 1"),
+        ("num_pages)), TRASH_PAGE, dtype", "num_pages)), 1, dtype"),
         ("tuple(row.start + n for", "tuple(n for"),
-        ("num_decode = sum(length == 1 for length in query_lens)", "num_decode = 0"),
-        ("    if any(length != 1 for length in query_lens[:num_decode]):", "    if False:"),
+        ("if length != 1), len(rows))", "if length != 1), 0)"),
     ),
     *mutants(
         "ram_core/models/attention.py",
@@ -110,7 +109,9 @@ MODEL_MUTANTS = [
         ("tl.sigmoid(scores * (2.0 / softcap))", "tl.sigmoid(scores / softcap)"),
         ("weights / tl.sum(weights, 0)", "weights"),
         ("lane // key_dim * key_head_stride", "0"),
-        ('tl.where(tl.abs(new.to(tl.float32)) < float("inf"), new, 0.0)', "new"),
+        ('key_head_stride + lane % key_dim\n    new = tl.load(source, mask=is_lane)\n'
+         '    new = tl.where(tl.abs(new.to(tl.float32)) < float("inf"), new, 0.0)',
+         "key_head_stride + lane % key_dim\n    new = tl.load(source, mask=is_lane)"),
     ),
     *mutants(
         "ram_core/models/triton_attention.py",
@@ -158,7 +159,7 @@ MODEL_MUTANTS = [
         ("quantile(0.75).item(), 0.1", "quantile(0.75).item(), 1e-3"),
         ("quantile(0.75)", "quantile(0.0)"),
         ("quantile(0.75)", "quantile(1.0)"),
-        ("if not difference <= limit:", "if difference > limit:"),
+        ("    if difference <= limit:", "    if not difference > limit:"),
         ("paged.model.set_attn_implementation(ATTENTION_NAME)", "pass"),
     ),
 ]  # fmt: skip

@@ -131,7 +131,7 @@ RESAMPLING_MUTANTS = [
         ("proposed = log_p.argmax(-1)", "proposed = scores.argmax(-1)"),
         ("params.proposal_temperature.clamp(min=MIN_TEMPERATURE)", "params.proposal_temperature"),
         ("log_p / params.proposal_temperature.clamp(min=MIN_TEMPERATURE)[:, None]", "log_p"),
-        ("is_forced = has_priority & torch.isin", "is_forced = torch.isin"),
+        ("is_forced = has_priority & (proposed", "is_forced = (proposed"),
         ("scores = scores + log_mask(keep)",
          "scores = torch.where(is_greedy[:, None], scores, scores + log_mask(keep))"),
         ("torch.where(is_active, exact, log_p)", "torch.where(is_active, scores, log_p)"),
