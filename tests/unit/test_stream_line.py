@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -91,7 +92,9 @@ class Clock:
         self.now_s = 0.0
         self.slept_s: list[float] = []
         self._happenings = list(happenings)
-        monkeypatch.setattr("server.streaming.asyncio.sleep", self._sleep)
+        # Only there: servers of other tests may sleep at the same time.
+        own = SimpleNamespace(**{**vars(asyncio), "sleep": self._sleep})
+        monkeypatch.setattr("server.streaming.asyncio", own)
 
     def time(self) -> float:
         return self.now_s
