@@ -36,9 +36,8 @@ def compile_layers(paged: PagedModel, vocab_size: int) -> str | None:
         difference = far_off(chunked_logits(paged, vocab_size), expected, model)
         # PyTorch never lets one token stand for many.
         paged.run_blank(1)
-    except (
-        Exception
-    ) as error:  # Of many kinds: a missing compiler, code that cannot be traced, a bug in either.
+    except Exception as error:
+        # Of many kinds: a missing compiler, code that cannot be traced, a bug in either.
         logger.debug("compiling `%s` failed", paged.name, exc_info=True)
         reason = _root_of(error)
     else:
