@@ -28,10 +28,10 @@ from ram_core.demo.corpus import (
     proposal_corpus,
     tokenizer_texts,
 )
-from ram_core.demo.progress import OnProgress, Progress, ignore_progress
 from ram_core.demo.prompts import Kind, Prompt
 from ram_core.demo.vocabulary import train_tokenizer
 from ram_core.params import AlignmentParams, SamplingParams
+from ram_core.progress import OnProgress, Progress, ignore_progress
 from ram_core.training.examples import Example
 from ram_core.training.synthesis import answer_all, load_engine
 from ram_core.training.trainer import StepReport, TrainingSettings, train_aligner, warm_up

@@ -10,11 +10,11 @@ from statistics import fmean
 
 from ram_core.demo import ALIGNERS, bundle_path
 from ram_core.demo.corpus import Message, follow_up_history, message
-from ram_core.demo.progress import OnProgress, Progress, ignore_progress
 from ram_core.demo.prompts import Kind, Prompt, held_out_prompts
 from ram_core.demo.styles import declines, follows, states
 from ram_core.engine.messages import StepTelemetry
 from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
+from ram_core.progress import OnProgress, Progress, ignore_progress
 from ram_core.training.synthesis import answer_all, load_engine
 
 _SHARES: dict[Kind, float] = {"fact": 0.55, "risky": 0.2, "benign": 0.18, "unknown": 0.07}

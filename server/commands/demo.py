@@ -11,7 +11,7 @@ import typer
 from ram_core.demo import bundle_path
 from ram_core.demo.build import build_bundle
 from ram_core.demo.evaluate import evaluate_bundle
-from ram_core.demo.progress import terminal_progress
+from ram_core.progress import terminal_progress
 
 
 def build(out: Path | None, seed: int) -> None:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ram_core.demo import ALIGNERS
 from ram_core.demo.build import BuildPlan, ModelShape, build_bundle
 from ram_core.demo.evaluate import evaluate_bundle
-from ram_core.demo.progress import Progress, terminal_progress
+from ram_core.progress import Progress, terminal_progress
 from ram_core.training.trainer import RunawayAscentError, TrainingSettings
 
 TOY_STEPS = TrainingSettings(steps=2, batch_size=4)

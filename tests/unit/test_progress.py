@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ram_core.demo.progress import Progress, terminal_progress
+from ram_core.progress import Progress, terminal_progress
 
 
 def test_without_a_terminal_each_stage_has_its_first_and_last_line(

@@ -1,0 +1,1 @@
+"""How good an aligner is: answers through the engine, judged, measured and calibrated."""
