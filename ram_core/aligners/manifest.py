@@ -16,7 +16,7 @@ from ram_core.aligners.files import resolve_below
 from ram_core.aligners.names import MANIFEST_FILE, SELF, require_name, require_version
 from ram_core.errors import CheckpointError, RamError
 from ram_core.models.source import one_line
-from ram_core.params import MAX_STRENGTH, Resampling
+from ram_core.params import MAX_CANDIDATES, MAX_STRENGTH, Resampling
 
 SCHEMA = 1
 MAX_TERMS = 32
@@ -76,8 +76,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """An aligner's own description.
 
     `tokenizer` is the fingerprint of the proposal's tokenizer; "" if it is not known. `kl_threshold` None
-    is no gate. `files` has every file but the manifest by its relative path; empty, nothing is promised
-    about them. `provenance` is for people.
+    is no gate, and `candidates` None the core's number of draws in that mode. `files` has every file but
+    the manifest by its relative path; empty, nothing is promised about them. `provenance` is for people.
     """
 
     schema: int = SCHEMA
@@ -88,6 +88,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     strength: float = 1.0
     resampling: Resampling = Resampling.PRODUCT
     kl_threshold: float | None = None
+    candidates: int | None = None
     license: str = ""
     provenance: dict[str, str] = {}
     files: dict[str, FileRecord] = {}
@@ -103,6 +104,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
             raise ValueError(f"`strength` must be within ±{MAX_STRENGTH:g}, got {self.strength!r}")
         if self.kl_threshold is not None and not 0 <= self.kl_threshold < math.inf:
             raise ValueError(f"`kl_threshold` must be null, or at least 0, got {self.kl_threshold!r}")
+        if self.candidates is not None and not 1 <= self.candidates <= MAX_CANDIDATES:
+            raise ValueError(f"`candidates` must be null, or 1 to {MAX_CANDIDATES}, got {self.candidates!r}")
         require_terms(self.name, self.terms)
         for path in self.files:
             _require_path(path, "files")

@@ -39,6 +39,7 @@ class Wishes:
     strength: float | None = None
     resampling: Resampling | None = None
     kl_threshold: float | None = None
+    candidates: int | None = None
     license: str | None = None
     provenance: Mapping[str, str] | None = None
 
@@ -78,7 +79,16 @@ def pack(directory: Path, wishes: Wishes, on_progress: OnProgress | None = None)
     return manifest
 
 
-_PLAIN_WISHES = ("name", "version", "terms", "strength", "resampling", "kl_threshold", "license")
+_PLAIN_WISHES = (
+    "name",
+    "version",
+    "terms",
+    "strength",
+    "resampling",
+    "kl_threshold",
+    "candidates",
+    "license",
+)
 
 
 def _fingerprint(directory: Path, terms: tuple[Term, ...]) -> str:

@@ -20,14 +20,15 @@ class LentAligner:
 class Lease:
     """Versions that stay in memory until the lease is given back.
 
-    `terms` name the engine's models. `resampling` and `kl_threshold` are what holds if the request says
-    nothing; None leaves that to the core.
+    `terms` name the engine's models. `resampling`, `kl_threshold` and `num_candidates` are what holds if the
+    request says nothing; None leaves that to the core.
     """
 
     aligners: tuple[LentAligner, ...] = ()
     terms: tuple[AlignerTerm, ...] = ()
     resampling: Resampling | None = None
     kl_threshold: float | None = None
+    num_candidates: int | None = None
 
 
 NOTHING = Lease()
@@ -41,3 +42,4 @@ class Defaults:
     strength: float | None = None
     resampling: Resampling | None = None
     kl_threshold: float | None = None
+    num_candidates: int | None = None

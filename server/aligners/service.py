@@ -22,7 +22,7 @@ from ram_core.errors import (
     InvalidRequest,
     UnknownModel,
 )
-from ram_core.params import MAX_STRENGTH, AlignerTerm, Resampling, require_range
+from ram_core.params import MAX_CANDIDATES, MAX_STRENGTH, AlignerTerm, Resampling, require_range
 from server.aligners.checking import Checker
 from server.aligners.executor import Executor, Watcher
 from server.aligners.known import KnownVersion, Origin, below, from_directory, from_hub, model_name
@@ -187,6 +187,7 @@ class AlignerService:
             terms,
             own.resampling or manifest.resampling,
             manifest.kl_threshold if own.kl_threshold is None else own.kl_threshold,
+            own.num_candidates or manifest.candidates,
         )
 
     # For administrators.
@@ -286,6 +287,7 @@ class AlignerService:
         strength: float | None = None,
         resampling: Resampling | None = None,
         kl_threshold: float | None = None,
+        num_candidates: int | None = None,
         is_pinned: bool | None = None,
     ) -> None:
         """Change what holds for requests to come that say nothing else; None changes nothing.
@@ -294,18 +296,21 @@ class AlignerService:
         ones are loaded, others may be evicted again.
 
         Raises:
-            InvalidRequest: a strength or a gate that cannot be.
+            InvalidRequest: a strength, a gate or a number of candidates that cannot be.
         """
         self.registry.status_of(name)
         if strength is not None:
             require_range("strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
         if kl_threshold is not None:
             require_range("kl_threshold", kl_threshold, 0, math.inf)
+        if num_candidates is not None:
+            require_range("candidates", num_candidates, 1, MAX_CANDIDATES)
         now = self._defaults.get(name, Defaults())
         self._defaults[name] = Defaults(
             now.strength if strength is None else strength,
             resampling or now.resampling,
             now.kl_threshold if kl_threshold is None else kl_threshold,
+            num_candidates or now.num_candidates,
         )
         if strength is not None:
             self.registry.tune(name, strength)

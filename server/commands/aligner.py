@@ -101,6 +101,7 @@ def pack(
         str | None, typer.Option(help="product, candidates, nucleus or proposal, where a request gives none.")
     ] = None,
     kl_threshold: Annotated[float | None, typer.Option(help="The gate, in nats; inf for none.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Draws in mode candidates.")] = None,
     license_: Annotated[str | None, typer.Option("--license", help="How it may be used.")] = None,
     provenance: Annotated[
         list[str] | None,
@@ -122,6 +123,7 @@ def pack(
             strength=strength,
             resampling=None if resampling is None else Resampling(resampling),
             kl_threshold=kl_threshold,
+            candidates=candidates,
             license=license_,
             provenance=_table(provenance),
         )
@@ -181,6 +183,7 @@ def _manifest_table(manifest: Manifest) -> Table:
         "strength": f"{manifest.strength:g}",
         "resampling": manifest.resampling.value,
         "gate": gate,
+        "candidates": "not given" if manifest.candidates is None else str(manifest.candidates),
         "tokenizer": manifest.tokenizer or "not given",
         "license": manifest.license or "not given",
         "files": f"{len(manifest.files)} with SHA-256" if manifest.files else "not listed",

@@ -80,6 +80,7 @@ class Patch(AdminBody):
     # JSON has no enumerations: a mode is its name.
     resampling: Annotated[Resampling, Field(strict=False)] | None = None
     kl_threshold: float | None = None
+    candidates: int | None = None
     pinned: bool | None = None
 
     @property
@@ -127,7 +128,8 @@ class VersionInfo(BaseModel):
 
     `waits_for` is "turn", "memory" or ""; `progress` goes from 0 to 1 within the state; `bytes` is what it
     holds, or will need, on the device; `references` are requests that run on it; `last_used` is in seconds
-    since 1970, null before the first use; `kl_threshold` null is no gate.
+    since 1970, null before the first use; `kl_threshold` null is no gate, `candidates` null the server's own
+    number.
     """
 
     version: str
@@ -147,6 +149,7 @@ class VersionInfo(BaseModel):
     strength: float
     resampling: str
     kl_threshold: float | None
+    candidates: int | None
     measured: Measured
 
 

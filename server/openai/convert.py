@@ -217,7 +217,11 @@ def to_alignment(
 
 def aligned(ask: Ask, lease: Lease) -> AlignmentParams:
     """How the aligners act that were lent: as the request says, and else as they do by default."""
-    defaults: dict[str, Any] = {"resampling": lease.resampling, "kl_threshold": lease.kl_threshold}
+    defaults: dict[str, Any] = {
+        "resampling": lease.resampling,
+        "kl_threshold": lease.kl_threshold,
+        "num_candidates": lease.num_candidates,
+    }
     holding = {name: value for name, value in defaults.items() if value is not None and name not in ask.said}
     return replace(ask.alignment, terms=lease.terms, **holding)
 

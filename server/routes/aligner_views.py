@@ -49,6 +49,8 @@ def _defaults_of(view: AlignerView) -> dict[str, float | str | None]:
         given["resampling"] = own.resampling.value
     if own.kl_threshold is not None:
         given["kl_threshold"] = own.kl_threshold if math.isfinite(own.kl_threshold) else None
+    if own.num_candidates is not None:
+        given["candidates"] = own.num_candidates
     return given
 
 
@@ -73,5 +75,6 @@ def _version_of(status: VersionStatus, manifest: Manifest, origin: Origin, metri
         strength=manifest.strength,
         resampling=manifest.resampling.value,
         kl_threshold=manifest.kl_threshold,
+        candidates=manifest.candidates,
         measured=Measured(**dataclasses.asdict(figures_of(metrics, *status.key))),
     )

@@ -105,6 +105,7 @@ async def patch_aligner(request: Request, name: str) -> AlignerInfo:
         strength=body.strength,
         resampling=body.resampling,
         kl_threshold=body.gate,
+        num_candidates=body.candidates,
         is_pinned=body.pinned,
     )
     return _info(request, name)

@@ -61,6 +61,7 @@ def test_everything_about_an_aligner_is_told(house):
         "strength": 1.0,
         "resampling": "product",
         "kl_threshold": None,
+        "candidates": None,
     }
 
 
@@ -260,9 +261,14 @@ def test_defaults_are_changed_for_requests_to_come(house):
     assert patched["defaults"] == {"strength": 0.0, "kl_threshold": 0.5}
     assert house.text_of("tuned", alignment={"proposal_top_p": 1}) == plain
     patched = house.admin.patch(
-        f"{ALIGNERS}/tuned", json={"kl_threshold": None, "resampling": "nucleus"}
+        f"{ALIGNERS}/tuned", json={"kl_threshold": None, "resampling": "nucleus", "candidates": 8}
     ).json()
-    assert patched["defaults"] == {"strength": 0.0, "kl_threshold": None, "resampling": "nucleus"}
+    assert patched["defaults"] == {
+        "strength": 0.0,
+        "kl_threshold": None,
+        "resampling": "nucleus",
+        "candidates": 8,
+    }
 
 
 def test_a_pinned_aligner_is_loaded_and_stays(house):

@@ -117,6 +117,7 @@ def test_another_version_of_the_same_name_from_elsewhere_is_a_conflict(house):
         ("POST", "", {"name": "x", "hub_id": "/etc"}, (400, "invalid_value", "hub_id")),
         ("PATCH", "/polite", {"strength": 1e9}, (400, "invalid_value", "strength")),
         ("PATCH", "/polite", {"kl_threshold": -1.0}, (400, "invalid_value", "kl_threshold")),
+        ("PATCH", "/polite", {"candidates": 0}, (400, "invalid_value", "candidates")),
         ("PATCH", "/polite", {"resampling": "lottery"}, (400, "invalid_value", "resampling")),
         ("PATCH", "/polite", {"name": "rude"}, (400, "unknown_parameter", "name")),
     ],

@@ -293,3 +293,17 @@ def test_defaults_of_the_manifest_hold_where_a_request_says_nothing(models, root
         half = running.ask("half").json()["choices"]
         same = running.ask(alignment={"strength": 0.25, "resampling": "product", "kl_threshold": 1e9})
         assert half == same.json()["choices"]
+
+
+def test_the_manifests_number_of_candidates_holds_where_a_request_says_none(models, root):
+    models.put("one", root / "polite" / "v1", strength=4.0, resampling=Resampling.CANDIDATES, candidates=1)
+    with house(models, root) as running:
+
+        def text(**words) -> str:
+            return running.ask(alignment=words).json()["choices"][0]["message"]["content"]
+
+        few, many = text(candidates=1), text(candidates=200)
+        assert few != many
+        assert text() == few
+        running.do(lambda service: service.patch("polite", num_candidates=200))
+        assert text() == many

@@ -123,6 +123,7 @@ def test_packing_writes_what_was_wished_and_keeps_the_rest(root, tokenizer):
             strength=1.5,
             resampling=Resampling.NUCLEUS,
             kl_threshold=0.5,
+            candidates=20,
             license="MIT",
             provenance={"data": "x"},
             terms=(Term("self"), Term("plain", -1.0)),
@@ -133,7 +134,7 @@ def test_packing_writes_what_was_wished_and_keeps_the_rest(root, tokenizer):
     assert set(first.files) == set(list_files(directory)) - {MANIFEST_FILE}
     again = pack(directory, Wishes(provenance={"by": "y"}, kl_threshold=float("inf")))
     assert again.provenance == {"data": "x", "by": "y"}
-    assert again.kl_threshold is None
+    assert (again.kl_threshold, again.candidates) == (None, 20)
     assert (again.name, again.version, again.strength, again.terms) == ("org/kind", "7", 1.5, first.terms)
     (directory / "README.md").write_text("new")
     renewed = pack(directory, Wishes())

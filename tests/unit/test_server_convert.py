@@ -152,12 +152,16 @@ def test_a_model_may_be_named_with_its_proposal():
 
 
 def test_what_a_request_says_is_not_overruled_by_defaults():
-    lease = Lease(terms=(AlignerTerm("polite@1"),), resampling=Resampling.NUCLEUS, kl_threshold=0.5)
+    lease = Lease(
+        terms=(AlignerTerm("polite@1"),), resampling=Resampling.NUCLEUS, kl_threshold=0.5, num_candidates=4
+    )
     silent = aligned(to_ask(chat(model="polite"), NAMES), lease)
-    assert (silent.resampling, silent.kl_threshold) == (Resampling.NUCLEUS, 0.5)
-    words = {"resampling": "candidates", "kl_threshold": 2.0}
+    assert (silent.resampling, silent.kl_threshold, silent.num_candidates) == (Resampling.NUCLEUS, 0.5, 4)
+    words = {"resampling": "candidates", "kl_threshold": 2.0, "candidates": 8}
     loud = aligned(to_ask(chat(model="polite", alignment=words), NAMES), lease)
-    assert (loud.resampling, loud.kl_threshold, loud.terms) == (Resampling.CANDIDATES, 2.0, lease.terms)
+    assert (loud.resampling, loud.kl_threshold, loud.num_candidates) == (Resampling.CANDIDATES, 2.0, 8)
+    assert loud.terms == lease.terms
+    assert aligned(to_ask(chat(), NAMES), Lease()).num_candidates == AlignmentParams().num_candidates
 
 
 def test_who_sticks_to_a_version_is_the_user():
