@@ -59,13 +59,13 @@ def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTraine
 def is_same_tokenizer(one: str, other: str) -> bool:
     """Whether two sources have the same tokenizer files, byte by byte: then nothing needs to be compared."""
     places = [resolve_source(source, with_weights=False) for source in (one, other)]
-    names = [{path.name for path in place.iterdir() if _describes_tokens(path.name)} for place in places]
+    names = [{path.name for path in place.iterdir() if describes_tokens(path.name)} for place in places]
     if names[0] != names[1] or not names[0] & set(_TOKENIZER_FILES):
         return False
     return all(filecmp.cmp(places[0] / name, places[1] / name, shallow=False) for name in names[0])
 
 
-def _describes_tokens(file_name: str) -> bool:
+def describes_tokens(file_name: str) -> bool:
     """Whether a tokenizer may be made of a file: not of weights, configs of models, and words for people."""
     is_other = file_name in _OTHER_FILES or file_name.startswith(("model", "adapter", "."))
     return file_name.endswith((".json", ".model", ".txt", ".tiktoken", ".py")) and not is_other

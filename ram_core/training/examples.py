@@ -1,23 +1,23 @@
-"""Tokenised prompt and answer pairs, and the batches that a training step reads."""
+"""Tokenised prompts with their answers, and the arrays that a training step reads."""
 
-import random
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-_WINDOW_BATCHES = (
-    32  # shuffled examples are sorted by length within windows, so that batches carry little padding
-)
+TokenIds = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Example:
     """Token ids of a rendered prompt and of the answer to learn, end-of-text token included."""
 
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    prompt: TokenIds
+    answer: TokenIds
 
     @property
     def num_tokens(self) -> int:
@@ -25,49 +25,49 @@ class Example:
         return len(self.prompt) + len(self.answer)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Examples padded on the right; causal attention never looks there, so no attention mask is needed.
+@dataclass(frozen=True, slots=True)
+class TrainingPair:
+    """A prompt, the answer that is wanted, and the one that the proposal gave; all are token ids.
 
-    `input_ids` is int64 [row, token]. The other three are int64 [answer token]: `positions` index the
-    flattened `input_ids` where an answer token is predicted, `targets` are those answer tokens, `rows`
-    their examples.
+    Answers hold their end-of-text token. `proposed` is empty where an objective reads none.
     """
 
-    input_ids: Tensor
-    positions: Tensor
-    targets: Tensor
-    rows: Tensor
-
-    @property
-    def num_rows(self) -> int:
-        """How many examples the batch holds."""
-        return self.input_ids.shape[0]
+    prompt: TokenIds
+    wanted: TokenIds
+    proposed: TokenIds = ()
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """One batch of `examples`, in order."""
-    width = max(example.num_tokens for example in examples)
-    input_ids = torch.zeros(len(examples), width, dtype=torch.int64)
-    positions: list[int] = []
-    targets: list[int] = []
-    rows: list[int] = []
+def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """What a forward reads of `examples`, in order: prompts end, and all answers begin, in the same column.
+
+    Prompts are padded on the left, answers on the right. The last token of an answer is never read, so the
+    last `answer` columns of [row, column] predict the answers:
+
+    - `input_ids`, int64 [row, column];
+    - `attention_mask` (int64, 1 for tokens) and `position_ids` (int64), [row, column]: left out where no
+      prompt is padded, since causal attention then never sees padding, and is faster unmasked;
+    - `targets`, int64 [row, answer], and `is_answer`, bool [row, answer], false on padding.
+    """
+    num_rows = len(examples)
+    num_prompt = max(len(example.prompt) for example in examples)
+    num_answer = max(len(example.answer) for example in examples)
+    num_columns = num_prompt + num_answer - 1
+    input_ids = np.zeros((num_rows, num_columns), dtype=np.int64)
+    targets = np.zeros((num_rows, num_answer), dtype=np.int64)
+    starts = np.array([num_prompt - len(example.prompt) for example in examples])[:, None]
+    lengths = np.array([len(example.answer) for example in examples])[:, None]
     for row, example in enumerate(examples):
-        input_ids[row, : example.num_tokens] = torch.tensor(example.prompt + example.answer)
-        first = row * width + len(example.prompt) - 1
-        positions += range(first, first + len(example.answer))
-        targets += example.answer
-        rows += [row] * len(example.answer)
-    return Batch(input_ids, torch.tensor(positions), torch.tensor(targets), torch.tensor(rows))
-
-
-def length_grouped(lengths: Sequence[int], batch_size: int, noise: random.Random) -> Iterator[list[int]]:
-    """Indices of one epoch in batches of similar length, at random; the last short batch is kept."""
-    order = list(range(len(lengths)))
-    noise.shuffle(order)
-    window = batch_size * _WINDOW_BATCHES
-    for start in range(0, len(order), window):
-        indices = sorted(order[start : start + window], key=lengths.__getitem__)
-        batches = [indices[at : at + batch_size] for at in range(0, len(indices), batch_size)]
-        noise.shuffle(batches)
-        yield from batches
+        begin = num_prompt - len(example.prompt)
+        input_ids[row, begin : begin + example.num_tokens - 1] = (*example.prompt, *example.answer)[:-1]
+        targets[row, : len(example.answer)] = example.answer
+    arrays = {
+        "input_ids": input_ids,
+        "targets": targets,
+        "is_answer": np.arange(num_answer) < lengths,
+    }
+    if starts.any():
+        columns = np.arange(num_columns)
+        ends = num_prompt + lengths - 1
+        arrays["attention_mask"] = ((columns >= starts) & (columns < ends)).astype(np.int64)
+        arrays["position_ids"] = np.clip(columns - starts, 0, ends - starts - 1)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -4,6 +4,8 @@ Both run one epoch or more over examples in memory, on the CPU, in fp32. A loop 
 callback and holds no opinion about how progress is shown.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 import random
@@ -16,10 +18,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from ram_core.training.examples import Batch, Example, collate, length_grouped
-from ram_core.training.objectives import answer_log_probs, mean_token_loss, residual_alignment_loss
+from ram_core.training.examples import Example
 
 _ADAM_BETAS = (0.9, 0.98)
+_WINDOW_BATCHES = (
+    32  # shuffled examples are sorted by length within windows, so that batches carry little padding
+)
 
 
 class RunawayAscentError(RuntimeError):
@@ -182,3 +186,95 @@ def _optimizers(model: PreTrainedModel, settings: TrainingSettings) -> list[torc
         torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, betas=_ADAM_BETAS, weight_decay=0.0),
     ]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right; causal attention never looks there, so no attention mask is needed.
+
+    `input_ids` is int64 [row, token]. The other three are int64 [answer token]: `positions` index the
+    flattened `input_ids` where an answer token is predicted, `targets` are those answer tokens, `rows`
+    their examples.
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    targets: Tensor
+    rows: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        """How many examples the batch holds."""
+        return self.input_ids.shape[0]
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """One batch of `examples`, in order."""
+    width = max(example.num_tokens for example in examples)
+    input_ids = torch.zeros(len(examples), width, dtype=torch.int64)
+    positions: list[int] = []
+    targets: list[int] = []
+    rows: list[int] = []
+    for row, example in enumerate(examples):
+        input_ids[row, : example.num_tokens] = torch.tensor(example.prompt + example.answer)
+        first = row * width + len(example.prompt) - 1
+        positions += range(first, first + len(example.answer))
+        targets += example.answer
+        rows += [row] * len(example.answer)
+    return Batch(input_ids, torch.tensor(positions), torch.tensor(targets), torch.tensor(rows))
+
+
+def length_grouped(lengths: Sequence[int], batch_size: int, noise: random.Random) -> Iterator[list[int]]:
+    """Indices of one epoch in batches of similar length, at random; the last short batch is kept."""
+    order = list(range(len(lengths)))
+    noise.shuffle(order)
+    window = batch_size * _WINDOW_BATCHES
+    for start in range(0, len(order), window):
+        indices = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches = [indices[at : at + batch_size] for at in range(0, len(indices), batch_size)]
+        noise.shuffle(batches)
+        yield from batches
+
+
+@dataclass(frozen=True)
+class ResidualLoss:
+    """`total = wanted + ascent_weight * proposed`, each a scalar tensor in nats per answer.
+
+    `wanted` is the negative log-likelihood of the wanted answers, positive and going down; `proposed` is the
+    log-likelihood of the proposal's own answers, negative and going down too, without a lower bound.
+    """
+
+    total: Tensor
+    wanted: Tensor
+    proposed: Tensor
+
+
+def residual_alignment_loss(
+    log_q_wanted: Tensor, log_q_proposed: Tensor, *, ascent_weight: float
+) -> ResidualLoss:
+    """Eq. 8 of arXiv 2505.19700: `-E[log Q(y|x)] + ascent_weight * E[log Q(y'|x)]`.
+
+    `log_q_wanted` (float, [batch]) holds `log Q(y|x)` of the wanted answers, `log_q_proposed` (float,
+    [batch]) `log Q(y'|x)` of the answers that the proposal gave to the same prompts. The second term is a
+    gradient ascent on the negative log-likelihood of the proposal's answers, hence the small weight (the
+    paper's alpha).
+    """
+    wanted = -log_q_wanted.mean()
+    proposed = log_q_proposed.mean()
+    return ResidualLoss(wanted + ascent_weight * proposed, wanted, proposed)
+
+
+def answer_log_probs(logits: Tensor, targets: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Summed log-probabilities of answers whose tokens lie packed, [num_rows].
+
+    `logits` ([token, vocab], any float dtype) predict `targets` (int64, [token]); `rows` (int64, [token])
+    says which answer each token belongs to, in [0, num_rows). An answer without tokens has log-probability
+    0.
+    """
+    log_probs = logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    return log_probs.new_zeros(num_rows).index_add(0, rows, log_probs)
+
+
+def mean_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of packed tokens in nats per token, a scalar; plain supervised training (the warm-up)."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets)

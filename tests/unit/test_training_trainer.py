@@ -6,8 +6,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ram_core.training.examples import Example, collate, length_grouped
-from ram_core.training.trainer import RunawayAscentError, TrainingSettings, train_aligner, warm_up
+from ram_core.training.examples import Example
+from ram_core.training.trainer import (
+    RunawayAscentError,
+    TrainingSettings,
+    collate,
+    length_grouped,
+    train_aligner,
+    warm_up,
+)
 
 WANTED = [Example((1, 2, prompt), (prompt, 3)) for prompt in range(4, 12)]
 PROPOSED = [Example(example.prompt, (13, 3)) for example in WANTED]
