@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,7 +101,6 @@ class Bench:
     ) -> None:
         if not records:
             raise DataError("there are no records to evaluate on")
-        self.records = tuple(records)
         self.manifests = {name: _manifest(name, source) for name, source in aligners.items()}
         self._catalogue = Catalogue()
         for name, manifest in self.manifests.items():
@@ -125,8 +125,17 @@ class Bench:
                 prefix_cache=False,
             )
         )
-        self.prompts = tuple(encode_chat(self.tokenizer, record.messages) for record in self.records)
-        self._require_room()
+        self._take(records)
+
+    def with_records(self, records: Sequence[Record]) -> Bench:
+        """The same engine, and so not at the same time, for the prompts of other records.
+
+        Raises:
+            DataError: there are no records, or a prompt fills the whole context.
+        """
+        other = copy.copy(self)
+        other._take(records)
+        return other
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -183,7 +192,11 @@ class Bench:
         room = self.engine.engine.limits.max_model_len - len(prompt)
         return min(setting.sampling.max_tokens or room, room)
 
-    def _require_room(self) -> None:
+    def _take(self, records: Sequence[Record]) -> None:
+        if not records:
+            raise DataError("there are no records to evaluate on")
+        self.records = tuple(records)
+        self.prompts = tuple(encode_chat(self.tokenizer, record.messages) for record in self.records)
         limit = self.engine.engine.limits.max_model_len
         for number, prompt in enumerate(self.prompts, 1):
             if len(prompt) >= limit:

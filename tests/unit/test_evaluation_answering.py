@@ -76,6 +76,15 @@ def test_answers_end_where_the_context_does(bench: Bench) -> None:
     assert lengths == {256}
 
 
+def test_the_same_engine_answers_other_prompts(bench: Bench) -> None:
+    other = bench.with_records(RECORDS[1:3])
+    assert other.engine is bench.engine
+    assert other.prompts == bench.prompts[1:3]
+    assert len(bench.answer(Setting("polite", POLITE, SAMPLING)).texts) == len(RECORDS)
+    with pytest.raises(DataError, match="no records"):
+        bench.with_records([])
+
+
 def test_unknown_aligners_are_refused(bench: Bench) -> None:
     with pytest.raises(UnknownModel, match="`rude`"):
         bench.answer(Setting("rude", AlignmentParams((AlignerTerm("rude"),)), SAMPLING))
