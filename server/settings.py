@@ -104,6 +104,7 @@ class Settings(BaseSettings):
     vllm_lora_api: bool = False
     max_body_bytes: Size = 4 * 2**20
     receive_timeout_s: float = Field(default=60.0, gt=0)
+    keep_alive_s: int = Field(default=75, ge=1)
     ping_s: float = Field(default=15.0, gt=0)
     send_timeout_s: float = Field(default=60.0, gt=0)
     stall_s: float = Field(default=60.0, ge=4 * HEARTBEAT_S)

@@ -171,6 +171,7 @@ async def _serve(settings: Settings, listeners: list[socket.socket]) -> bool:
         log_level="info" if settings.log_level == "debug" else "warning",
         access_log=settings.log_level == "debug",
         http=guarded(settings.receive_timeout_s),
+        timeout_keep_alive=settings.keep_alive_s,
         timeout_graceful_shutdown=int(_LAST_WORDS_S),
         ws="none",
     )

@@ -10,8 +10,10 @@ import socket
 import time
 from collections.abc import Iterator
 
+import httpx
 import pytest
 
+from server.settings import Settings
 from tests.faults.bad_wire import WIRES, Wire, chunked, get, one_chunk, sized
 from tests.faults.judge import fault_of
 from tests.http.standin import PATIENCE_S, Gate, LiveServer, ScriptedEngine, chat, live, say
@@ -139,6 +141,15 @@ def test_who_does_not_finish_a_request_is_told_and_hung_up_on() -> None:
             assert not fault_of(status, headers, body)
             assert open_socket.recv(1) == b""
         assert not server.engine.requests
+
+
+def test_clients_give_idle_connections_up_before_the_server_does() -> None:
+    """If both do so at the same time, a request is sent into a connection that is being closed, and lost."""
+    assert Settings().keep_alive_s > 10 * httpx.Limits().keepalive_expiry
+    with live(ScriptedEngine(), keep_alive_s=1) as server, connection(server) as open_socket:
+        open_socket.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer_of(open_socket)[0] == 200
+        assert open_socket.recv(1) == b""
 
 
 def test_a_stream_outlives_the_time_for_its_request() -> None:

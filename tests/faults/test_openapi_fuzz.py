@@ -16,7 +16,7 @@ from tests.http.standin import PATIENCE_S, LiveServer
 from tests.lengths import full_or_short
 
 MODES = [GenerationMode.POSITIVE, GenerationMode.NEGATIVE]
-EXAMPLES = {"POST": full_or_short(1500, 20), "GET": full_or_short(100, 5)}
+EXAMPLES = {"POST": full_or_short(300, 20), "GET": full_or_short(50, 5)}
 
 
 @pytest.mark.timeout(600)

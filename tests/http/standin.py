@@ -236,7 +236,9 @@ def live(
     if "admin_port" in settings:
         app.state.serving.doors.admin_port = sockets[1].getsockname()[1]
     http = guarded(chosen.receive_timeout_s)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", http=http))
+    patience_s = chosen.keep_alive_s
+    config = uvicorn.Config(app, log_level="warning", ws="none", http=http, timeout_keep_alive=patience_s)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     deadline = time.monotonic() + PATIENCE_S
