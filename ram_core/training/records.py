@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ _TURN_ROLES = {"Human": "user", "Assistant": "assistant"}
 class Record:
     """A prompt, the answer that is wanted and one that is not; "" where a record has none.
 
-    `messages` end with the turn that is to be answered.
+    `messages` end with the turn that is to be answered. `where` is the place that it was read from, for
+    errors; it is no part of what the record is.
     """
 
     messages: tuple[Message, ...]
     wanted: str = ""
     rejected: str = ""
+    where: str = dataclass_field(default="", compare=False)
 
 
 def read_records(source: str, *, split: str = "train", max_records: int = 0) -> list[Record]:
@@ -59,6 +63,26 @@ def record_of(row: Any, where: str) -> Record:
     Raises:
         DataError: it has none of these forms, or holds something that is no text.
     """
+    record = replace(_record_of(row, where), where=where)
+    for text in (record.wanted, record.rejected, *(message["content"] for message in record.messages)):
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X}"
+            raise DataError(f"{where}: a text holds half of a character ({half}), which is no text") from None
+    return record
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """SHA-256, in hexadecimal, of what records say, in their order; where they were read is not in it."""
+    digest = hashlib.sha256()
+    for record in records:
+        said = [record.messages, record.wanted, record.rejected]
+        digest.update(json.dumps(said, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _record_of(row: Any, where: str) -> Record:
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: a record must be an object, got {_named(row)}")
     if "chosen" in row or "rejected" in row:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ram_core.training.errors import DataError
-from ram_core.training.records import Record, read_records, record_of
+from ram_core.training.records import Record, fingerprint, read_records, record_of
 
 QUESTION = ({"role": "user", "content": "Why?"},)
 
@@ -101,3 +101,19 @@ def test_a_datasets_source_is_read_with_its_own_library(tmp_path, monkeypatch):
     assert read_records(f"hf:{home}") == [Record(QUESTION, "So.")]
     with pytest.raises(DataError, match="split `test`"):
         read_records(f"hf:{home}", split="test")
+
+
+def test_half_a_character_is_refused_by_its_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "Why?", "completion": "So."}\n{"prompt": "Why?", "completion": "\\ud83d"}\n')
+    with pytest.raises(DataError, match=r"line 2: .*U\+D83D"):
+        read_records(str(path))
+
+
+def test_a_record_knows_its_line_and_the_fingerprint_does_not(tmp_path):
+    lines = ['{"prompt": "Why?", "completion": "So."}\n', '{"prompt": "Who?", "completion": "Me."}\n']
+    for name, text in (("one", "".join(lines)), ("two", "\n".join(lines)), ("other", "".join(lines[::-1]))):
+        (tmp_path / name).write_text(text)
+    one, two, other = (read_records(str(tmp_path / name)) for name in ("one", "two", "other"))
+    assert [record.where.rpartition(", ")[2] for record in two] == ["line 1", "line 3"]
+    assert fingerprint(one) == fingerprint(two) != fingerprint(other)
