@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from ram_core.aligners.names import require_name, require_version
 from ram_core.models.source import one_line
 from ram_core.params import MAX_STRENGTH, Resampling
 from ram_core.training.errors import ConfigError
@@ -17,6 +18,20 @@ from ram_core.training.errors import ConfigError
 Objective = Literal["sft", "ram", "ram-dpo", "ram-token"]
 Stage = Literal["warmup", "synthesize", "fit", "package"]
 STAGES: tuple[Stage, ...] = ("warmup", "synthesize", "fit", "package")
+
+
+FREE_FIELDS = frozenset(
+    {
+        "micro_batch_size",
+        "dtype",
+        "activation_checkpointing",
+        "log_steps",
+        "save_steps",
+        "keep_saves",
+        "max_ascent_nats",
+    }
+)
+"""Of `LoopConfig` and `FitConfig`, what does not change a run's outcome, up to rounding."""
 
 
 class DataConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -133,6 +148,7 @@ class SynthesizeConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def __post_init__(self) -> None:
         _require_within("temperature", self.temperature, 0, 2)
+        _require_above("top_p", self.top_p, 0)
         _require_within("top_p", self.top_p, 0, 1)
         _require_at_least("top_k", self.top_k, 0)
         _require_at_least("max_answer_tokens", self.max_answer_tokens, 1)
@@ -167,14 +183,30 @@ class FitConfig(LoopConfig, frozen=True, kw_only=True):
 
 
 class PackageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the packed aligner says of itself. An empty `version` is a hash of its files."""
+    """What the packed aligner says of itself.
+
+    An empty `name` is that of the run's directory, an empty `version` a hash of the files. `strength` None is
+    the one that it was trained at. A `kl_threshold` (nats) is a gate, None is none.
+    """
 
     name: str = ""
     version: str = ""
-    strength: float = 1.0
+    strength: float | None = None
     resampling: Resampling = Resampling.PRODUCT
     kl_threshold: float | None = None
     license: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name:
+            require_name(self.name)
+        if self.version:
+            require_version(self.version)
+        if self.strength is not None:
+            _require_within("strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
+        if self.kl_threshold is not None:
+            _require_at_least("kl_threshold", self.kl_threshold, 0)
+            if self.kl_threshold == math.inf:
+                raise ValueError("`kl_threshold` must be finite; leave it out for no gate")
 
 
 class TrainConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -17,7 +17,7 @@ from ram_core.models.loading import context_limit, load_config
 from ram_core.models.vocabulary import load_tokenizer, shared_vocabulary_size
 from ram_core.progress import OnProgress
 from ram_core.training.checkpoints import Starting, content_hash, no_bars, require_packages, write_checkpoint
-from ram_core.training.config import LoopConfig, LoraConfig, TrainConfig
+from ram_core.training.config import FREE_FIELDS, LoopConfig, LoraConfig, TrainConfig
 from ram_core.training.errors import ConfigError, DataError
 from ram_core.training.examples import TrainingPair
 from ram_core.training.job import Job
@@ -31,16 +31,6 @@ if TYPE_CHECKING:
 MODEL_DIR = "model"
 LOG_PROBS_DIR = "proposal_log_probs"
 _SUMMARY_FILE = "summary.json"
-# What does not change a run's outcome, up to rounding: a resumed run may have other values.
-_FREE_FIELDS = {
-    "micro_batch_size",
-    "dtype",
-    "activation_checkpointing",
-    "log_steps",
-    "save_steps",
-    "keep_saves",
-    "max_ascent_nats",
-}
 
 
 class FitSummary(msgspec.Struct, frozen=True):
@@ -167,7 +157,7 @@ class _Fit:
     def _fingerprint(self, pairs: Sequence[TrainingPair]) -> str:
         """A hash of all that decides how the run ends, up to rounding."""
         loop = {
-            name: value for name, value in msgspec.to_builtins(self.loop).items() if name not in _FREE_FIELDS
+            name: value for name, value in msgspec.to_builtins(self.loop).items() if name not in FREE_FIELDS
         }
         parts = {
             "stage": self.stage,

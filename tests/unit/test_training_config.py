@@ -17,9 +17,9 @@ def test_a_file_is_read_and_a_flag_wins_over_it(tmp_path):
         tmp_path,
         'output = "out"\n[fit]\nepochs = 2\nmodel = "small"\n',
         "fit.epochs=3",
-        "package.name=my one",
+        "package.license=my own",
     )
-    assert (config.fit.epochs, config.fit.model, config.package.name) == (3, "small", "my one")
+    assert (config.fit.epochs, config.fit.model, config.package.license) == (3, "small", "my own")
 
 
 def test_no_file_is_needed():
@@ -40,6 +40,12 @@ def test_no_file_is_needed():
         ("data.max_prompt_tokens=4096", "max_prompt_tokens"),
         ("fit.objective=dpo", "objective"),
         ("synthesize.top_p=2", "top_p"),
+        ("synthesize.top_p=0", "top_p"),
+        ("package.name=my one", "name"),
+        ("package.version=-", "version"),
+        ("package.strength=1e9", "strength"),
+        ("package.kl_threshold=-1", "kl_threshold"),
+        ("package.kl_threshold=inf", "kl_threshold"),
         ("unknown=1", "unknown"),
         ("output.deep=1", "output"),
         ("seed=many", "seed"),
