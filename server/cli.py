@@ -203,6 +203,48 @@ def check(
     raise typer.Exit(0 if is_fine else 1)
 
 
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A TOML file; flags and --set go over it.")] = None,
+    proposal: Annotated[str | None, typer.Option(help="Directory or hub id of the frozen model.")] = None,
+    model: Annotated[str | None, typer.Option(help="The small model that becomes the aligner.")] = None,
+    data: Annotated[str | None, typer.Option(help="A JSONL file, or hf:NAME[:CONFIG].")] = None,
+    output: Annotated[str | None, typer.Option(help="The run's directory.")] = None,
+    name: Annotated[str | None, typer.Option(help="The aligner's name; default: the directory's.")] = None,
+    objective: Annotated[str | None, typer.Option(help="ram, ram-dpo, ram-token or sft.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.FIELD=VALUE", help="Any field; may be repeated."),
+    ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this: warmup, synthesize, fit or package; may be repeated."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew: these stages, or all whose inputs have changed.")
+    ] = False,
+    install: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also put it into a server's --aligners-dir.")
+    ] = None,
+    is_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Train an aligner for a proposal: its own answers, the fit, and a package that a server takes."""
+    from server.commands.train import run
+
+    flags = {
+        "proposal": proposal,
+        "fit.model": model,
+        "data.train": data,
+        "output": output,
+        "package.name": name,
+        "fit.objective": objective,
+    }
+    try:
+        run(config, flags, settings or [], stage or [], restart=restart, install=install, is_json=is_json)
+    except (RamError, OSError) as error:
+        fail(error)
+
+
 @demo_app.command("build")
 def demo_build(
     out: Annotated[
