@@ -11,6 +11,7 @@ from ram_core import __version__
 from ram_core.errors import RamError
 from server.commands.aligner import aligner_app
 from server.commands.bench import DEFAULT_URL, bench_app
+from server.commands.coverage import coverage
 from server.commands.failing import fail
 from server.commands.tenant import tenant_app
 
@@ -26,6 +27,7 @@ app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")
 app.add_typer(aligner_app, name="aligner")
 app.add_typer(tenant_app, name="tenant")
+app.command()(coverage)
 
 AlignerFlags = Annotated[
     list[str] | None, typer.Option("--aligner", metavar="NAME=PATH", help="An aligner; may be repeated.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,3 +41,8 @@ def add_row(table: Table, *cells: str) -> None:
     from rich.text import Text
 
     table.add_row(*(Text(cell) for cell in cells))
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON can hold it: null for what is not finite."""
+    return value if value is not None and math.isfinite(value) else None
