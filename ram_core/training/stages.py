@@ -22,7 +22,7 @@ from ram_core.training.config import FREE_FIELDS, STAGES, Stage, TrainConfig
 from ram_core.training.errors import ConfigError, TrainingError
 from ram_core.training.examples import TrainingPair
 from ram_core.training.fingerprints import ids_fingerprint, model_fingerprint
-from ram_core.training.fit import fit_model, warm_up_model
+from ram_core.training.fit import LOG_PROBS_DIR, fit_model, warm_up_model
 from ram_core.training.inputs import Inputs, read_inputs
 from ram_core.training.ledger import Ledger, StageRecord, only_run_in, plain_inputs
 from ram_core.training.packaging import Judge, install, package
@@ -219,10 +219,15 @@ class _Run:
         """Take away what an earlier run made with other inputs, and write down with which it is made now."""
         self._ledger.forget(stage)
         product = self._layout.product(stage)
-        if product.is_dir() and stage != "package":
-            shutil.rmtree(product)
-        elif product.is_file():
-            product.unlink()
+        if stage == "synthesize":
+            product.unlink(missing_ok=True)
+        elif stage != "package" and product.exists():
+            for path in product.iterdir():
+                # The proposal's log-probabilities know themselves what they were made of.
+                if path.is_dir() and path.name != LOG_PROBS_DIR:
+                    shutil.rmtree(path)
+                elif path.is_file():
+                    path.unlink()
         self._ledger.write(stage, StageRecord(inputs))
 
     def _inputs_of(self, stage: Stage) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.resampling import RESAMPLING_MUTANTS
 from tests.mutants.start import START_MUTANTS
 from tests.mutants.tenants import TENANT_MUTANTS
+from tests.mutants.training_stages import TRAINING_STAGES_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ["ram_core", "server", "tests", "pyproject.toml"]
@@ -46,6 +47,7 @@ MUTANTS = [
     *TENANT_MUTANTS,
     *ADMIN_MUTANTS,
     *ALIGNER_MUTANTS,
+    *TRAINING_STAGES_MUTANTS,
     *(Mutant(*fields) for fields in SERVER_MUTANTS),
 ]
 _PASSED, _FAILED = 0, 1

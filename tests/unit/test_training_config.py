@@ -1,5 +1,8 @@
 """One file and single values over it; what cannot be is refused by its name."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from ram_core.training.config import FitConfig, TrainConfig, parse_setting, read_config
@@ -63,3 +66,15 @@ def test_a_broken_file_a_missing_one_and_a_flag_without_a_value_are_named(tmp_pa
         read_config(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="NAME=VALUE"):
         parse_setting("fit.epochs")
+
+
+def test_the_config_in_the_docs_is_one(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    [text] = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    config = read(tmp_path, text)
+    assert (config.output, config.fit.micro_batch_size) == ("runs/polite", 8)
+    objectives = re.findall(
+        r"^\| `([a-z-]+)` \| (?:the paper|your answer|what is served)", page, re.MULTILINE
+    )
+    assert [read(tmp_path, text, f"fit.objective={name}").fit.objective for name in objectives] == objectives
+    assert len(objectives) == 4
