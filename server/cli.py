@@ -12,6 +12,7 @@ from ram_core.errors import RamError
 from server.commands.aligner import aligner_app
 from server.commands.bench import DEFAULT_URL, bench_app
 from server.commands.coverage import coverage
+from server.commands.evaluate import evaluate
 from server.commands.failing import fail
 from server.commands.tenant import tenant_app
 
@@ -28,6 +29,7 @@ app.add_typer(bench_app, name="bench")
 app.add_typer(aligner_app, name="aligner")
 app.add_typer(tenant_app, name="tenant")
 app.command()(coverage)
+app.command("eval")(evaluate)
 
 AlignerFlags = Annotated[
     list[str] | None, typer.Option("--aligner", metavar="NAME=PATH", help="An aligner; may be repeated.")

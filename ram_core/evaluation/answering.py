@@ -22,8 +22,9 @@ from ram_core.models.loading import resolve_device
 from ram_core.models.source import resolve_source
 from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
 from ram_core.progress import OnProgress, Progress, ignore_progress
+from ram_core.training.encoding import encode_prompt
 from ram_core.training.errors import DataError
-from ram_core.training.records import Message, Record
+from ram_core.training.records import Record
 
 # Wide: nobody waits for a single answer here.
 _MAX_BATCH = 128
@@ -196,7 +197,7 @@ class Bench:
         if not records:
             raise DataError("there are no records to evaluate on")
         self.records = tuple(records)
-        self.prompts = tuple(encode_chat(self.tokenizer, record.messages) for record in self.records)
+        self.prompts = tuple(encode_prompt(self.tokenizer, record.messages) for record in self.records)
         limit = self.engine.engine.limits.max_model_len
         for number, prompt in enumerate(self.prompts, 1):
             if len(prompt) >= limit:
@@ -210,16 +211,6 @@ def alone(sampling: SamplingParams, alignment: AlignmentParams | None = None) ->
     nucleus = alignment or AlignmentParams()
     cut = replace(sampling, top_p=nucleus.proposal_top_p, top_k=nucleus.proposal_top_k)
     return Setting(ALONE, sampling=cut)
-
-
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Token ids of a prompt, ready for its answer; without a chat template, of its lines."""
-    if not tokenizer.chat_template:
-        return tuple(tokenizer.encode("\n".join(message["content"] for message in messages)))
-    encoded = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return tuple(encoded["input_ids"])
 
 
 def _manifest(name: str, source: str) -> Manifest:

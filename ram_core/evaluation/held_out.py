@@ -171,7 +171,9 @@ class _Logits:
         bank = self._bank
         group = None if model == PROPOSAL else bank.group_of[model]
         pool = bank.pools[bank.proposal_pool if group is None else bank.pool_of[model]]
-        rows, places, first, page = [], [], 0, 1
+        rows: list[Row] = []
+        places: list[int] = []
+        first, page = 0, 1
         for example in self._examples:
             token_ids = (*example.prompt, *example.answer[:-1])
             num_pages = _pages_for(example, bank)

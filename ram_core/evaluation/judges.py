@@ -98,7 +98,7 @@ class PythonJudge:
             if score is not None and not math.isfinite(score):
                 raise JudgeError(f"{self._on(number)}: a score must be finite, got {score!r}")
             scores.append(score)
-            on_progress(Progress(f"scoring, {self.name}", number, len(cases)))
+            on_progress(Progress("scoring", number, len(cases)))
         return tuple(scores)
 
     def compare(self, cases: Sequence[Case], on_progress: OnProgress) -> Comparisons:
@@ -111,7 +111,7 @@ class PythonJudge:
                 if value is not None and not 0 <= value <= 1:
                     raise JudgeError(f"{self._on(number)}: a preference must be in [0, 1], got {value!r}")
             verdicts.append((first, second))
-            on_progress(Progress(f"comparing, {self.name}", number, len(cases)))
+            on_progress(Progress("comparing", number, len(cases)))
         return settle(verdicts)
 
     def _ask(self, function: Score | Compare, number: int, *words: object) -> float | None:

@@ -1,4 +1,4 @@
-"""What can be said of preferences, each in [0, 1] for one answer over another: a win rate, and how sure it is."""
+"""What preferences come to, each in [0, 1] for one answer over another: a win rate, and how sure it is."""
 
 from __future__ import annotations
 
@@ -43,13 +43,17 @@ def win_rate(preferences: Sequence[float]) -> Interval:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of any numbers, with 1.96 standard errors to both sides; none for a single one.
+    """The mean of any numbers, with 1.96 standard errors to both sides; none for a single number.
+
+    Of nothing but zeros and ones it is a share, with the interval of a win rate.
 
     Raises:
         ValueError: there are no values.
     """
     if not values:
         raise ValueError("there are no values to average")
+    if set(values) <= {0, 1}:
+        return win_rate(values)
     mean, count = math.fsum(values) / len(values), len(values)
     square = math.fsum((value - mean) ** 2 for value in values)
     half = _Z_95 * math.sqrt(square / (count - 1) / count) if count > 1 else 0.0
