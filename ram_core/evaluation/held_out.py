@@ -21,7 +21,8 @@ from ram_core.evaluation.answering import Bench, Setting
 from ram_core.models.packing import Row, pack
 from ram_core.params import AlignmentParams, Resampling, SamplingParams
 from ram_core.progress import OnProgress, Progress, ignore_progress
-from ram_core.resampling import AlignerLogits, StepFeatures, StepParams, draw_tokens
+from ram_core.resampling import AlignerLogits, StepFeatures, StepParams
+from ram_core.resampling.step import draw_with_tensors
 from ram_core.training.examples import Example
 
 # Numbers of a table of logits, and of the step's own tables, that are in memory at once.
@@ -149,7 +150,8 @@ class _Logits:
             )
             for term in (() if alignment.is_identity else alignment.terms)
         ]
-        draws = draw_tokens(
+        # In tensors: rows that are compiled look for one token after the other, and all are asked for here.
+        draws = draw_with_tensors(
             self._logits(PROPOSAL)[part],
             terms,
             StepParams.of([asked] * num_rows, seeds=[0] * num_rows, positions=[0] * num_rows).to(device),
