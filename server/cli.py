@@ -255,13 +255,32 @@ def demo_build(
         Path | None, typer.Option(help="Where to put the bundle; default: the embedded one.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed builds the same bundle.")] = 0,
+    work: Annotated[
+        Path | None, typer.Option(help="Keep the training runs here, and go on with those that are here.")
+    ] = None,
 ) -> None:
-    """Train the demo's proposal and aligners from scratch."""
+    """Train the demo's proposal and aligners from scratch, with the stages of `ram train`."""
     from server.commands.demo import build
 
     try:
-        build(out, seed)
+        build(out, seed, work)
     except (RamError, OSError) as error:
+        fail(error)
+
+
+@demo_app.command("data")
+def demo_data(
+    out: Annotated[Path, typer.Argument(help="Directory to write to.")],
+    num_prompts: Annotated[int, typer.Option(min=1, help="Training records of each aligner.")] = 4000,
+    max_held_out: Annotated[int, typer.Option(min=10, help="Records to judge each aligner by.")] = 400,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same data.")] = 0,
+) -> None:
+    """Write what a first `ram train` needs: data, a proposal, and a small model to begin with."""
+    from server.commands.demo import data
+
+    try:
+        data(out, num_prompts, max_held_out, seed)
+    except OSError as error:
         fail(error)
 
 

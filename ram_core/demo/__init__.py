@@ -8,8 +8,10 @@ from pathlib import Path
 
 ALIGNERS = ("polite", "pirate", "json", "terse", "safe")
 """Names of the aligners that the bundle carries, each a directory under `aligners/`."""
+PARTS = ("proposal", "aligner-base", "aligners")
+"""What lies in a bundle: `aligner-base` is the model that every aligner began as."""
 
 
 def bundle_path() -> Path:
-    """Directory of the shipped bundle: `proposal/` and `aligners/<name>/`, each a Hugging Face directory."""
+    """Directory of the shipped bundle: its `PARTS`, all Hugging Face directories."""
     return Path(str(files(__package__))) / "bundle"
