@@ -11,9 +11,11 @@ from ram_core import __version__
 from ram_core.errors import RamError
 from server.commands.aligner import aligner_app
 from server.commands.bench import DEFAULT_URL, bench_app
+from server.commands.calibrate import calibrate
 from server.commands.coverage import coverage
 from server.commands.evaluate import evaluate
 from server.commands.failing import fail
+from server.commands.stress import stress
 from server.commands.tenant import tenant_app
 
 app = typer.Typer(
@@ -28,8 +30,10 @@ app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")
 app.add_typer(aligner_app, name="aligner")
 app.add_typer(tenant_app, name="tenant")
+app.command()(calibrate)
 app.command()(coverage)
 app.command("eval")(evaluate)
+app.command()(stress)
 
 AlignerFlags = Annotated[
     list[str] | None, typer.Option("--aligner", metavar="NAME=PATH", help="An aligner; may be repeated.")

@@ -26,6 +26,7 @@ from tests.mutants.admin import ADMIN_MUTANTS
 from tests.mutants.aligners import ALIGNER_MUTANTS
 from tests.mutants.bank import BANK_MUTANTS
 from tests.mutants.bench import BENCH_MUTANTS
+from tests.mutants.calibration import CALIBRATION_MUTANTS
 from tests.mutants.engine import ENGINE_MUTANTS
 from tests.mutants.hot_loading import HOT_LOADING_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
@@ -47,6 +48,7 @@ MUTANTS = [
     *TENANT_MUTANTS,
     *ADMIN_MUTANTS,
     *ALIGNER_MUTANTS,
+    *CALIBRATION_MUTANTS,
     *TRAINING_STAGES_MUTANTS,
     *(Mutant(*fields) for fields in SERVER_MUTANTS),
 ]
