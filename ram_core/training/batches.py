@@ -13,7 +13,7 @@ from ram_core.training.errors import DataError
 from ram_core.training.examples import TrainingPair
 
 # Shuffled examples are sorted by length within windows of so many batches, for little padding.
-_WINDOW_BATCHES = 32
+_WINDOW_BATCHES = 128
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class BatchPlan:
             if not pair.prompt or not pair.wanted:
                 part = "wanted answer" if pair.prompt else "prompt"
                 raise DataError(f"example {index} has a {part} without tokens")
-        lengths = [(len(pair.prompt), max(len(pair.wanted), len(pair.proposed))) for pair in pairs]
+        lengths = [len(pair.prompt) + max(len(pair.wanted), len(pair.proposed)) for pair in pairs]
         per_epoch = math.ceil(len(pairs) / loop.batch_size)
         num_steps = loop.max_steps or math.ceil(loop.epochs * per_epoch)
         epochs = (
@@ -90,30 +90,13 @@ class Sharing:
         )
 
 
-def like_lengths(
-    lengths: Sequence[tuple[int, int]], batch_size: int, noise: random.Random
-) -> Iterator[tuple[int, ...]]:
-    """Indices of one epoch in batches whose prompts, and whose answers, are alike in length, at random.
-
-    `lengths` are those of a prompt and of its answer. The last, smaller batch is kept.
-    """
+def like_lengths(lengths: Sequence[int], batch_size: int, noise: random.Random) -> Iterator[tuple[int, ...]]:
+    """Indices of one epoch in batches of like length, at random; the last, smaller batch is kept."""
     order = list(range(len(lengths)))
     noise.shuffle(order)
     window = batch_size * _WINDOW_BATCHES
     for start in range(0, len(order), window):
-        batches = list(_batches(order[start : start + window], lengths, batch_size))
+        indices = sorted(order[start : start + window], key=lengths.__getitem__)
+        batches = [tuple(indices[at : at + batch_size]) for at in range(0, len(indices), batch_size)]
         noise.shuffle(batches)
         yield from batches
-
-
-def _batches(
-    indices: list[int], lengths: Sequence[tuple[int, int]], batch_size: int
-) -> Iterator[tuple[int, ...]]:
-    """Batches of a window: strips of like prompts, each sorted by answers."""
-    num_batches = math.ceil(len(indices) / batch_size)
-    strip = batch_size * math.ceil(math.sqrt(num_batches))
-    indices.sort(key=lambda index: lengths[index])
-    for start in range(0, len(indices), strip):
-        alike = sorted(indices[start : start + strip], key=lambda index: lengths[index][1])
-        for at in range(0, len(alike), batch_size):
-            yield tuple(alike[at : at + batch_size])

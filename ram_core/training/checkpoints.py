@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,6 @@ class Starting:
 
     def _with_adapter(self, model: PreTrainedModel) -> Any:
         from peft import LoraConfig as PeftLoraConfig
-        from peft import get_peft_model
 
         lora = self.lora
         if lora.rank > MAX_RANK and not lora.is_merged:
@@ -68,7 +68,7 @@ class Starting:
             )
         set_seed(self.seed)
         try:
-            adapted = get_peft_model(
+            adapted = _get_peft_model(
                 model,
                 PeftLoraConfig(
                     r=lora.rank,
@@ -110,6 +110,15 @@ def write_checkpoint(
     _copy_tokenizer(resolve_source(starting.source, with_weights=False), aside)
     shutil.rmtree(directory, ignore_errors=True)
     aside.rename(directory)
+
+
+def _get_peft_model(model: PreTrainedModel, config: Any) -> Any:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        # PEFT asks transformers for things by their old names.
+        warnings.simplefilter("ignore", FutureWarning)
+        return get_peft_model(model, config)
 
 
 def content_hash(source: str) -> str:

@@ -38,36 +38,28 @@ class TrainingPair:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """What a forward reads of `examples`, in order: prompts end, and all answers begin, in the same column.
+    """What a forward and a loss read of `examples`, in order; all are int64.
 
-    Prompts are padded on the left, answers on the right. The last token of an answer is never read, so the
-    last `answer` columns of [row, column] predict the answers:
-
-    - `input_ids`, int64 [row, column];
-    - `attention_mask` (int64, 1 for tokens) and `position_ids` (int64), [row, column]: left out where no
-      prompt is padded, since causal attention then never sees padding, and is faster unmasked;
-    - `targets`, int64 [row, answer], and `is_answer`, bool [row, answer], false on padding.
+    `input_ids`, [row, column], is padded on the right: causal attention never looks there, so no mask is
+    needed. `positions` are where in the flattened `input_ids` an answer token is predicted, `targets` those
+    answer tokens and `rows` their examples, [answer token].
     """
-    num_rows = len(examples)
-    num_prompt = max(len(example.prompt) for example in examples)
-    num_answer = max(len(example.answer) for example in examples)
-    num_columns = num_prompt + num_answer - 1
-    input_ids = np.zeros((num_rows, num_columns), dtype=np.int64)
-    targets = np.zeros((num_rows, num_answer), dtype=np.int64)
-    starts = np.array([num_prompt - len(example.prompt) for example in examples])[:, None]
-    lengths = np.array([len(example.answer) for example in examples])[:, None]
+    width = max(example.num_tokens for example in examples) - 1
+    input_ids = np.zeros((len(examples), width), dtype=np.int64)
+    firsts, lengths = [], []
     for row, example in enumerate(examples):
-        begin = num_prompt - len(example.prompt)
-        input_ids[row, begin : begin + example.num_tokens - 1] = (*example.prompt, *example.answer)[:-1]
-        targets[row, : len(example.answer)] = example.answer
-    arrays = {
-        "input_ids": input_ids,
-        "targets": targets,
-        "is_answer": np.arange(num_answer) < lengths,
+        # Nothing is predicted behind the last token.
+        input_ids[row, : example.num_tokens - 1] = (*example.prompt, *example.answer)[:-1]
+        firsts.append(row * width + len(example.prompt) - 1)
+        lengths.append(len(example.answer))
+    positions = np.concatenate(
+        [np.arange(first, first + length) for first, length in zip(firsts, lengths, strict=True)]
+    )
+    targets = np.concatenate([np.array(example.answer, dtype=np.int64) for example in examples])
+    rows = np.repeat(np.arange(len(examples)), lengths)
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "positions": torch.from_numpy(positions),
+        "targets": torch.from_numpy(targets),
+        "rows": torch.from_numpy(rows),
     }
-    if starts.any():
-        columns = np.arange(num_columns)
-        ends = num_prompt + lengths - 1
-        arrays["attention_mask"] = ((columns >= starts) & (columns < ends)).astype(np.int64)
-        arrays["position_ids"] = np.clip(columns - starts, 0, ends - starts - 1)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}

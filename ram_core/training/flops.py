@@ -38,7 +38,7 @@ class PassFlops:
         return cls(body, at_head)
 
     def of_batch(self, num_positions: int, num_answer_positions: int) -> float:
-        """Of a batch with so many positions, of which the head sees those that predict answers."""
+        """Of a batch with so many positions, of which the head sees those that predict an answer."""
         return self.per_position * num_positions + self.per_answer_position * num_answer_positions
 
 

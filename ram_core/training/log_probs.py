@@ -19,6 +19,7 @@ from ram_core.models.loading import load_model
 from ram_core.progress import OnProgress, Progress, ignore_progress
 from ram_core.training.examples import Example, TrainingPair, collate
 from ram_core.training.flops import PassFlops
+from ram_core.training.heads import AnswerHead
 from ram_core.training.saves import Spent, write_aside
 
 _SPENT_FILE = "spent.json"
@@ -49,20 +50,16 @@ class ProposalLogProbs:
     offsets: np.ndarray
 
     def rows(self, indices: Sequence[int]) -> Mapping[str, Tensor]:
-        """What `ProductLikelihood` reads, [row, answer, top] and [row, answer], 0 on padding."""
-        spans = [(int(self.offsets[index]), int(self.offsets[index + 1])) for index in indices]
-        shape = (len(spans), max(end - start for start, end in spans))
-        ids = np.zeros((*shape, self.ids.shape[1]), dtype=np.int64)
-        log_probs = np.zeros((*shape, self.ids.shape[1]), dtype=np.float32)
-        targets = np.zeros(shape, dtype=np.float32)
-        for row, (start, end) in enumerate(spans):
-            ids[row, : end - start] = self.ids[start:end]
-            log_probs[row, : end - start] = self.log_probs[start:end]
-            targets[row, : end - start] = self.target_log_probs[start:end]
+        """What `ProductLikelihood` reads: [answer token, top] and [answer token]."""
+        spans = [slice(*self.offsets[index : index + 2]) for index in indices]
+        ids, log_probs, targets = (
+            torch.from_numpy(np.concatenate([array[span] for span in spans]))
+            for array in (self.ids, self.log_probs, self.target_log_probs)
+        )
         return {
-            "proposal_ids": torch.from_numpy(ids),
-            "proposal_log_probs": torch.from_numpy(log_probs),
-            "proposal_target_log_probs": torch.from_numpy(targets),
+            "proposal_ids": ids.long(),
+            "proposal_log_probs": log_probs,
+            "proposal_target_log_probs": targets,
         }
 
 
@@ -109,6 +106,7 @@ class LogProbsCache:
         ids, log_probs, targets, is_done = (
             np.load(self._path(name), mmap_mode="r+") for name in (*_ARRAYS, "is_done")
         )
+        head = AnswerHead(model)
         own = range(process, len(self._chunks), num_processes)
         for done, number in enumerate(own, 1):
             if not is_done[number]:
@@ -116,17 +114,16 @@ class LogProbsCache:
                 batch = collate(
                     [Example(self._pairs[each].prompt, self._pairs[each].wanted) for each in chunk]
                 )
-                found = self._look_up(model, batch)
-                for row, index in enumerate(chunk):
-                    span = slice(*self._offsets[index : index + 2])
-                    length = len(self._pairs[index].wanted)
-                    for array, values in zip((ids, log_probs, targets), found, strict=True):
-                        array[span] = values[row, :length]
+                found = self._look_up(head, model, batch)
+                spans = [np.arange(*self._offsets[index : index + 2]) for index in chunk]
+                for array, values in zip((ids, log_probs, targets), found, strict=True):
+                    array[np.concatenate(spans)] = values
                 for array in (ids, log_probs, targets):
                     array.flush()
                 is_done[number] = 1
                 is_done.flush()
             on_progress(Progress("proposal's log-probabilities", done, len(own)))
+        head.remove()
 
     def open(self) -> ProposalLogProbs:
         """The files, once all processes have filled their parts."""
@@ -140,7 +137,7 @@ class LogProbsCache:
             costs.of_batch(
                 len(chunk)
                 * max(len(self._pairs[each].prompt) + len(self._pairs[each].wanted) for each in chunk),
-                len(chunk) * max(len(self._pairs[each].wanted) for each in chunk),
+                sum(len(self._pairs[each].wanted) for each in chunk),
             )
             for chunk in self._chunks
         )
@@ -154,13 +151,13 @@ class LogProbsCache:
         path = self._directory / _SPENT_FILE
         return msgspec.json.decode(path.read_bytes(), type=Spent) if path.is_file() else None
 
-    def _look_up(self, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[np.ndarray, ...]:
-        read = {name: batch[name].to(model.device) for name in _FORWARD if name in batch}
-        num_answer = batch["targets"].shape[1]
-        logits = model(**read, use_cache=False, logits_to_keep=num_answer).logits
-        log_p = logits[..., : self._vocab_size].float().log_softmax(-1)
+    def _look_up(
+        self, head: AnswerHead, model: PreTrainedModel, batch: Mapping[str, Tensor]
+    ) -> tuple[np.ndarray, ...]:
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        log_p = head.logits(model, batch)[:, : self._vocab_size].float().log_softmax(-1)
         top = log_p.topk(self._header.num_top, -1)
-        targets = log_p.gather(-1, batch["targets"].to(model.device)[..., None]).squeeze(-1)
+        targets = log_p.gather(-1, batch["targets"][:, None]).squeeze(-1)
         return tuple(each.cpu().numpy() for each in (top.indices, top.values, targets))
 
     def _is_ours(self) -> bool:
@@ -172,9 +169,6 @@ class LogProbsCache:
 
     def _path(self, name: str) -> Path:
         return self._directory / f"{name}.npy"
-
-
-_FORWARD = ("input_ids", "attention_mask", "position_ids")
 
 
 def fill_cache(
@@ -226,18 +220,19 @@ def _chunks(pairs: Sequence[TrainingPair]) -> Iterator[list[int]]:
     """Pairs of like length, as many as are in memory at once; the longest first."""
     order = sorted(range(len(pairs)), key=lambda index: _length(pairs[index]), reverse=True)
     chunk: list[int] = []
-    num_answer = num_columns = 0
+    num_answer = width = 0
     for index in order:
-        num_prompt, num_wanted = len(pairs[index].prompt), len(pairs[index].wanted)
-        num_answer, num_columns = max(num_answer, num_wanted), max(num_columns, num_prompt + num_wanted)
-        rows = len(chunk) + 1
-        if chunk and (rows * num_answer > _MAX_ANSWER_POSITIONS or rows * num_columns > _MAX_POSITIONS):
+        num_wanted, num_tokens = len(pairs[index].wanted), _length(pairs[index])
+        is_full = num_answer + num_wanted > _MAX_ANSWER_POSITIONS or (len(chunk) + 1) * width > _MAX_POSITIONS
+        if chunk and is_full:
             yield chunk
-            chunk, num_answer, num_columns = [], num_wanted, num_prompt + num_wanted
+            chunk, num_answer = [], 0
+        width = width if chunk else num_tokens
+        num_answer += num_wanted
         chunk.append(index)
     if chunk:
         yield chunk
 
 
-def _length(pair: TrainingPair) -> tuple[int, int]:
-    return len(pair.prompt) + len(pair.wanted), len(pair.wanted)
+def _length(pair: TrainingPair) -> int:
+    return len(pair.prompt) + len(pair.wanted)

@@ -18,6 +18,7 @@ from ram_core.training.batches import BatchPlan, Share, Sharing
 from ram_core.training.errors import DivergedError
 from ram_core.training.examples import Example, collate
 from ram_core.training.flops import PassFlops
+from ram_core.training.heads import AnswerHead
 from ram_core.training.job import Job
 from ram_core.training.monitor import Monitor
 from ram_core.training.optimizers import make_optimizer, make_schedule
@@ -86,6 +87,7 @@ class _PairTrainer(Trainer):  # type: ignore[misc] # it has no types
         sharing = Sharing.of(job.loop, arguments.process_index, arguments.world_size)
         arguments.gradient_accumulation_steps = sharing.num_parts
         self._parts = _Parts(job, plan, sharing)
+        self._head = AnswerHead(model)
         self._flops = PassFlops.of(model, is_recomputed=job.loop.activation_checkpointing)
         self.monitor = Monitor(self, job, plan, directory, save, on_progress)
         super().__init__(
@@ -127,11 +129,11 @@ class _PairTrainer(Trainer):  # type: ignore[misc] # it has no types
     ) -> Tensor:
         """This part's addend to the update's loss, times the processes that gradients are averaged over."""
         objective = self._job.objective
-        read = {name: inputs[name] for name in _FORWARD if name in inputs}
-        logits = model(**read, use_cache=False, logits_to_keep=inputs["targets"].shape[1]).logits
-        log_probs = objective.token_log_probs(logits[..., : self._job.vocab_size], inputs)
-        sums = torch.where(inputs["is_answer"], log_probs, 0.0).sum(-1)
+        logits = self._head.logits(model, inputs)[:, : self._job.vocab_size]
+        log_probs = objective.token_log_probs(logits, inputs)
         num_pairs = inputs["num_pairs"]
+        num_rows = num_pairs * (2 if objective.reads_proposed else 1)
+        sums = log_probs.new_zeros(num_rows).index_add(0, inputs["rows"], log_probs)
         wanted, proposed = sums[:num_pairs], sums[num_pairs:]
         loss: Tensor = objective.losses(wanted, proposed).sum() * inputs["scale"]
         self.monitor.add(loss, wanted, proposed, inputs["is_counted"])
@@ -142,6 +144,7 @@ class _PairTrainer(Trainer):  # type: ignore[misc] # it has no types
 
     def hand_over(self, on_trained: OnTrained) -> None:
         """Give the trained model to `on_trained` in the main process; all take part in gathering it."""
+        self._head.remove()
         model = self.accelerator.unwrap_model(self.model_wrapped)
         state = self.accelerator.get_state_dict(self.model_wrapped) if self.is_fsdp_enabled else None
         model.config.use_cache = self._uses_cache
@@ -162,9 +165,6 @@ def _checkpoint_activations(model: Any) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:  # its name in earlier versions
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-_FORWARD = ("input_ids", "attention_mask", "position_ids")
 
 
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:

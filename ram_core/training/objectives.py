@@ -18,9 +18,8 @@ from ram_core.training.config import FitConfig
 
 
 def token_log_probs(logits: Tensor, targets: Tensor) -> Tensor:
-    """`log softmax(logits)` of each target: logits [row, answer, vocab], targets int64 [row, answer]."""
-    flat = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return -flat.view_as(targets)
+    """`log softmax(logits)` of each target: logits [token, vocab], targets int64 [token]."""
+    return -functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def residual_alignment_losses(log_q_wanted: Tensor, log_q_proposed: Tensor, ascent_weight: float) -> Tensor:
@@ -41,24 +40,24 @@ def preference_losses(log_q_wanted: Tensor, log_q_proposed: Tensor, beta: float)
 def filled_log_probs(
     top_ids: Tensor, top_log_probs: Tensor, targets: Tensor, target_log_probs: Tensor, vocab_size: int
 ) -> Tensor:
-    """A whole distribution from its `top` most probable tokens and one more; log-probabilities [..., vocab].
+    """Log-probabilities, [token, vocab], made of those of the most probable tokens and of one more.
 
-    `top_ids` (int64) and `top_log_probs` are [..., top], `targets` (int64) and `target_log_probs` [...]. The
-    mass that they leave is spread evenly over all other tokens, the choice of greatest entropy.
+    `top_ids` (int64) and `top_log_probs` are [token, top], `targets` (int64) and `target_log_probs` [token].
+    The mass that they leave is spread evenly over all other tokens, the choice of greatest entropy.
     """
-    has_target = (top_ids == targets[..., None]).any(-1)
+    has_target = (top_ids == targets[:, None]).any(-1)
     known = top_log_probs.exp().sum(-1) + target_log_probs.exp().masked_fill(has_target, 0.0)
     num_others = vocab_size - top_ids.shape[-1] - (~has_target).long()
     others = (1 - known).clamp(min=0.0).log() - num_others.clamp(min=1).log()
-    filled = others[..., None].expand(*others.shape, vocab_size)
+    filled = others[:, None].expand(-1, vocab_size)
     filled = filled.scatter(-1, top_ids, top_log_probs)
-    return filled.scatter(-1, targets[..., None], target_log_probs[..., None])
+    return filled.scatter(-1, targets[:, None], target_log_probs[:, None])
 
 
 def product_log_probs(logits: Tensor, log_p: Tensor, targets: Tensor, strength: float) -> Tensor:
-    """`log softmax(log p + strength * log q)` of each target, [row, answer]: the aligned model's own.
+    """`log softmax(log p + strength * log q)` of each target, [token]: the aligned model's own.
 
-    `logits` are the aligner's and `log_p` the proposal's log-probabilities, both [row, answer, vocab]; the
+    `logits` are the aligner's and `log_p` the proposal's log-probabilities, both [token, vocab]; the
     normaliser of q cancels. Where `log_p` is `filled_log_probs`, with mass m spread over the tail, the result
     is off by at most `log(1 + m * max_tail(q**strength) / Z)`, Z being the sum of `p * q**strength` over what
     is known of p: both normalisers lie between Z and Z plus that product.
@@ -81,7 +80,7 @@ class Objective:
         return "`learning_rate`"
 
     def token_log_probs(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """Log-probabilities of `batch["targets"]`, [row, answer], under `logits` [row, answer, vocab]."""
+        """Log-probabilities of `batch["targets"]`, [token], under `logits`, [token, vocab]."""
         return token_log_probs(logits, batch["targets"])
 
     def losses(self, log_q_wanted: Tensor, log_q_proposed: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def test_the_gradient_is_that_of_the_definition(name, targets, monkeypatch):
     others = targets.flip(0)
     ours = objective.losses(
         *(
-            objective.token_log_probs(table, {"targets": ids}).sum(-1)
+            objective.token_log_probs(table.flatten(0, 1), {"targets": ids.flatten()}).view_as(ids).sum(-1)
             for table, ids in zip(tables, (targets, others), strict=True)
         )
     )
@@ -85,13 +85,14 @@ def test_the_gradient_is_that_of_the_definition(name, targets, monkeypatch):
 
 
 def cached(log_p, targets, num_top):
-    """What is kept of a proposal, as a batch."""
+    """What is kept of a proposal, as a batch of packed tokens."""
+    log_p, targets = log_p.flatten(0, -2), targets.flatten()
     top = log_p.topk(num_top, -1)
     return {
         "targets": targets,
         "proposal_ids": top.indices,
         "proposal_log_probs": top.values,
-        "proposal_target_log_probs": log_p.gather(-1, targets[..., None]).squeeze(-1),
+        "proposal_target_log_probs": log_p.gather(-1, targets[:, None]).squeeze(-1),
     }
 
 
@@ -101,7 +102,8 @@ def test_the_token_objective_is_the_products_likelihood_with_its_gradient(target
     logits = noise(ROWS, ANSWER, VOCAB, seed=3).requires_grad_()
     log_p = noise(ROWS, ANSWER, VOCAB, seed=4).log_softmax(-1)
     objective = ProductLikelihood(STRENGTH)
-    log_probs = objective.token_log_probs(logits, cached(log_p, targets, VOCAB)).sum(-1)
+    batch = cached(log_p, targets, VOCAB)
+    log_probs = objective.token_log_probs(logits.flatten(0, 1), batch).view_as(targets).sum(-1)
     ours = objective.losses(log_probs, log_probs[:0])
     theirs = -brute_force_sequences(logits.log_softmax(-1), targets, log_p)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -113,8 +115,8 @@ def test_the_token_objective_is_the_products_likelihood_with_its_gradient(target
 @pytest.mark.parametrize("strength", [1.0, 2.5, -0.5])
 def test_a_cut_proposal_is_off_by_no_more_than_the_bound(num_top, strength):
     """The missing mass times the tail's largest weight, over the sum that is known: for any strength."""
-    logits, log_p = noise(200, 4, 12, seed=5) * 2, (noise(200, 4, 12, seed=6) * 2).log_softmax(-1)
-    targets = torch.randint(12, (200, 4), generator=torch.Generator().manual_seed(7))
+    logits, log_p = noise(800, 12, seed=5) * 2, (noise(800, 12, seed=6) * 2).log_softmax(-1)
+    targets = torch.randint(12, (800,), generator=torch.Generator().manual_seed(7))
     batch = cached(log_p, targets, num_top)
     filled = filled_log_probs(
         batch["proposal_ids"],
@@ -136,7 +138,7 @@ def test_a_cut_proposal_is_off_by_no_more_than_the_bound(num_top, strength):
 
 
 def test_a_filled_proposal_is_a_distribution_that_keeps_what_is_known(targets):
-    log_p = noise(ROWS, ANSWER, VOCAB, seed=8).log_softmax(-1)
+    log_p, targets = noise(ROWS * ANSWER, VOCAB, seed=8).log_softmax(-1), targets.flatten()
     batch = cached(log_p, targets, 3)
     filled = filled_log_probs(
         batch["proposal_ids"],
@@ -145,25 +147,25 @@ def test_a_filled_proposal_is_a_distribution_that_keeps_what_is_known(targets):
         batch["proposal_target_log_probs"],
         VOCAB,
     )
-    torch.testing.assert_close(filled.exp().sum(-1), torch.ones(ROWS, ANSWER, dtype=torch.float64))
+    torch.testing.assert_close(filled.exp().sum(-1), torch.ones(ROWS * ANSWER, dtype=torch.float64))
     torch.testing.assert_close(filled.gather(-1, batch["proposal_ids"]), batch["proposal_log_probs"])
     torch.testing.assert_close(
-        filled.gather(-1, targets[..., None]).squeeze(-1), batch["proposal_target_log_probs"]
+        filled.gather(-1, targets[:, None]).squeeze(-1), batch["proposal_target_log_probs"]
     )
 
 
 def test_half_precision_logits_are_summed_in_single_precision():
-    log_probs = token_log_probs(torch.zeros(1, 300, 5, dtype=torch.bfloat16), torch.ones(1, 300).long())
+    log_probs = token_log_probs(torch.zeros(300, 5, dtype=torch.bfloat16), torch.ones(300).long())
     assert log_probs.dtype == torch.float32
     assert log_probs.sum().item() == pytest.approx(-300 * math.log(5), rel=1e-5)
 
 
 def test_ascent_lowers_the_probability_of_the_proposals_answer():
     """One step on a table of logits shared by both terms: the proposal's token loses to a bystander."""
-    logits = torch.zeros(1, 1, 5, requires_grad=True)
-    wanted, proposed = (token_log_probs(logits, torch.tensor([[token]])).sum(-1) for token in (1, 2))
+    logits = torch.zeros(1, 5, requires_grad=True)
+    wanted, proposed = (token_log_probs(logits, torch.tensor([token])) for token in (1, 2))
     ResidualAlignment(0.1).losses(wanted, proposed).sum().backward()
-    after = (logits - logits.grad).detach().softmax(-1)[0, 0]
+    after = (logits - logits.grad).detach().softmax(-1)[0]
     assert after[1] > after[3] > after[2]
 
 
