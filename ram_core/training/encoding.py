@@ -60,9 +60,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     Raises:
         DataError: the chat template refuses the conversation, a system message for instance.
     """
-    if not tokenizer.chat_template:
-        return tuple(tokenizer.encode("\n".join(message["content"] for message in messages)))
-    return _ids(tokenizer, _render(tokenizer, messages, is_prompt=True))
+    return _ask(tokenizer, messages).ids
 
 
 def encode_answer(
@@ -82,22 +80,7 @@ def encode_answer(
         DataError: the chat template refuses the conversation or leaves nothing of the answer, or no token
             ends an answer.
     """
-    ends = {*end_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
-    if not ends:
-        raise DataError("the tokenizer has no end-of-text token, so no answer could end")
-    end: int = min(ends) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    if tokenizer.chat_template:
-        prompt = _render(tokenizer, messages, is_prompt=True)
-        whole = _render(tokenizer, [*messages, {"role": "assistant", "content": text}], is_prompt=False)
-        continued = _continuation(tokenizer, prompt, whole)
-        length = next((at for at, token in enumerate(continued, 1) if token in ends), 0)
-        if length == 1:
-            raise DataError("the chat template leaves nothing of the answer")
-        if length:
-            return continued[:length]
-        behind = _ids(tokenizer, whole.rpartition(text.strip())[2])
-        end = next((token for token in behind if token in ends), end)
-    return (*tokenizer.encode(text, add_special_tokens=False), end)
+    return _answer(tokenizer, messages, text, _ask(tokenizer, messages), end_ids)
 
 
 def encode_records(
@@ -139,14 +122,14 @@ def encode_records(
 
 
 def _encode_record(record: Record, tokenizer: PreTrainedTokenizerBase, end_ids: Set[int]) -> TrainingPair:
+    asked = _ask(tokenizer, record.messages)
+    if not asked.ids:
+        raise DataError("its prompt has no tokens")
     wanted, rejected = (
-        encode_answer(tokenizer, record.messages, text, end_ids=end_ids) if text else ()
+        _answer(tokenizer, record.messages, text, asked, end_ids) if text else ()
         for text in (record.wanted, record.rejected)
     )
-    prompt = encode_prompt(tokenizer, record.messages)
-    if not prompt:
-        raise DataError("its prompt has no tokens")
-    return TrainingPair(prompt, wanted, rejected)
+    return TrainingPair(asked.ids, wanted, rejected)
 
 
 def _within(pair: TrainingPair, data: DataConfig) -> TrainingPair:
@@ -156,15 +139,55 @@ def _within(pair: TrainingPair, data: DataConfig) -> TrainingPair:
     return TrainingPair(prompt, pair.wanted[:room], pair.proposed[:room])
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, whole: str) -> tuple[int, ...]:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A prompt as the template wrote it ("" without a template), and as token ids."""
+
+    rendered: str
+    ids: tuple[int, ...]
+
+
+def _ask(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> _Asked:
+    if not tokenizer.chat_template:
+        return _Asked("", tuple(tokenizer.encode("\n".join(message["content"] for message in messages))))
+    rendered = _render(tokenizer, messages, is_prompt=True)
+    return _Asked(rendered, _ids(tokenizer, rendered))
+
+
+def _answer(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    text: str,
+    asked: _Asked,
+    end_ids: Set[int],
+) -> tuple[int, ...]:
+    """What `encode_answer` promises, to a prompt that was encoded before."""
+    ends = {*end_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])}
+    if not ends:
+        raise DataError("the tokenizer has no end-of-text token, so no answer could end")
+    end: int = min(ends) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if tokenizer.chat_template:
+        whole = _render(tokenizer, [*messages, {"role": "assistant", "content": text}], is_prompt=False)
+        continued = _continuation(tokenizer, asked, whole)
+        length = next((at for at, token in enumerate(continued, 1) if token in ends), 0)
+        if length == 1:
+            raise DataError("the chat template leaves nothing of the answer")
+        if length:
+            return continued[:length]
+        behind = _ids(tokenizer, whole.rpartition(text.strip())[2])
+        end = next((token for token in behind if token in ends), end)
+    return (*tokenizer.encode(text, add_special_tokens=False), end)
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, asked: _Asked, whole: str) -> tuple[int, ...]:
     """What a template adds to the prompt for the answer, or () if it writes the conversation anew."""
-    if not whole.startswith(prompt):
+    if not whole.startswith(asked.rendered):
         return ()
     # Cut as one text, so that the first token of the answer is the one that follows this prompt.
-    prompt_ids, whole_ids = _ids(tokenizer, prompt), _ids(tokenizer, whole)
-    if whole_ids[: len(prompt_ids)] == prompt_ids:
-        return whole_ids[len(prompt_ids) :]
-    return _ids(tokenizer, whole[len(prompt) :])
+    whole_ids = _ids(tokenizer, whole)
+    if whole_ids[: len(asked.ids)] == asked.ids:
+        return whole_ids[len(asked.ids) :]
+    return _ids(tokenizer, whole[len(asked.rendered) :])
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, is_prompt: bool) -> str:

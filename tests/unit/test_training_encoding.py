@@ -67,8 +67,9 @@ def test_a_template_that_writes_the_answered_conversation_anew_gives_the_text_an
     # As reasoning models do, which open a thought in the prompt and take it out of the past.
     turn = TURN.replace("{{ eos_token }}", "<|user|>")
     tokenizer = templated(turn + ASKING.replace("<|assistant|>", "<|assistant|><think>"))
+    answer = "Two and two are four, as ever."
     user = tokenizer.convert_tokens_to_ids("<|user|>")
-    assert told(tokenizer, encode_answer(tokenizer, QUESTION, "Four.", end_ids={user})) == "Four.<|user|>"
+    assert told(tokenizer, encode_answer(tokenizer, QUESTION, answer, end_ids={user})) == f"{answer}<|user|>"
 
 
 def test_a_prompt_whose_last_token_the_answer_would_change_stays_as_it_is(templated):

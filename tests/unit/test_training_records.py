@@ -117,3 +117,5 @@ def test_a_record_knows_its_line_and_the_fingerprint_does_not(tmp_path):
     one, two, other = (read_records(str(tmp_path / name)) for name in ("one", "two", "other"))
     assert [record.where.rpartition(", ")[2] for record in two] == ["line 1", "line 3"]
     assert fingerprint(one) == fingerprint(two) != fingerprint(other)
+    said = [Record(QUESTION), Record(QUESTION, "So."), Record(QUESTION, "", "So."), Record(QUESTION * 2)]
+    assert len({fingerprint([record]) for record in said}) == len(said)
