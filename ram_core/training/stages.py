@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import torch
 
 from ram_core.aligners.manifest import read_manifest
 from ram_core.aligners.names import require_name
@@ -31,7 +32,8 @@ from ram_core.training.synthesis import read_answers, synthesize
 
 Outcome = Literal["done", "resumed", "kept"]
 
-_FOR_EVER = timedelta(days=365)
+# In milliseconds it must be less than 2³¹.
+_LONG = timedelta(days=20)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ class ProcessGroup:
         if self._size > 1:
             from accelerate import PartialState
 
-            PartialState(timeout=_FOR_EVER).wait_for_everyone()
+            # The trainer finds the group that is made here, by the same rule.
+            PartialState(cpu=not torch.accelerator.is_available(), timeout=_LONG).wait_for_everyone()
 
 
 class _Run:

@@ -72,6 +72,12 @@ TRAINING_STAGES_MUTANTS = [
         ),
     ),
     *mutants(
+        "ram_core/training/stages.py",
+        "tests/http/test_train_launch.py",
+        ("PartialState(cpu=not torch.accelerator.is_available(), ", "PartialState("),
+        ("        if not self._group.is_main:\n            return {}\n", ""),
+    ),
+    *mutants(
         "ram_core/training/inputs.py",
         _STAGES,
         ("        if not record.wanted:", "        if False:"),
