@@ -41,7 +41,7 @@ class Comparisons:
     """Verdicts of a judge that was asked about each pair twice, each answer once in the first place.
 
     `preferences` are for the answer over the baseline, in [0, 1]; None where there is no verdict.
-    `num_unreadable` verdicts could not be read. Of the verdicts that were no tie, `first_preferred` is the
+    `num_unreadable` verdicts are missing. Of the verdicts that were no tie, `first_preferred` is the
     share that went to the first place (0.5: no bias; None: there were none), and `agreement` is the share of
     pairs with the same verdict both times.
     """

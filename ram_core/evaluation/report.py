@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -259,27 +260,29 @@ def _mean(values: Sequence[float | None], average: Callable[[Sequence[float]], I
 
 
 def _notes_on(judge: Judge, rows: Sequence[Row]) -> list[str]:
-    """What a reader of win rates must know."""
-    judged = [(row.label, row.judged) for row in rows if row.judged is not None]
-    notes = []
-    for label, each in judged:
-        silent = sum(value is None for value in each.scores)
-        if silent:
-            notes.append(f"{label}: the judge did not score {silent} of {len(each.scores)} answers")
-        undecided = sum(value is None for value in each.preferences)
-        if undecided:
-            notes.append(
-                f"{label}: {undecided} of {len(each.preferences)} pairs have no verdict and are not counted"
-                + (f"; {each.num_unreadable} verdicts could not be read" if each.num_unreadable else "")
-            )
-        if each.first_preferred is not None and judge.can_compare:
-            notes.append(
-                f"{label}: {each.first_preferred:.0%} of decided verdicts went to the answer shown first, "
-                f"{each.agreement:.0%} of pairs got the same verdict in both orders"
-            )
-        if each.length_control is not None and each.length_control.is_extrapolated:
-            notes.append(f"{label}: one side is always longer, so its length-controlled win rate is a guess")
-    return notes
+    """What a reader of win rates must know: once, if it holds for every row that was compared."""
+    judged = {row.label: row.judged for row in rows[1:] if row.judged is not None}
+    labels: dict[str, list[str]] = defaultdict(list)
+    for label, each in judged.items():
+        for note in _remarks(judge, each):
+            labels[note].append(label)
+    return [note if len(of) == len(judged) else f"{', '.join(of)}: {note}" for note, of in labels.items()]
+
+
+def _remarks(judge: Judge, judged: Judged) -> Iterator[str]:
+    if silent := sum(value is None for value in judged.scores):
+        yield f"the judge did not score {silent} of {len(judged.scores)} answers"
+    if undecided := sum(value is None for value in judged.preferences):
+        yield f"{undecided} of {len(judged.preferences)} pairs have no verdict, and are not counted"
+    if judged.num_unreadable:
+        yield f"{judged.num_unreadable} of {2 * len(judged.preferences)} verdicts could not be read"
+    if judge.can_compare and judged.first_preferred is not None:
+        yield (
+            f"{judged.first_preferred:.0%} of decided verdicts went to the answer shown first, "
+            f"{judged.agreement:.0%} of pairs got the same verdict in both orders"
+        )
+    if judged.length_control is not None and judged.length_control.is_extrapolated:
+        yield "one side is always longer, so the win rate at equal length is a guess (*)"
 
 
 def _plain(value: Any) -> Any:

@@ -9,19 +9,27 @@ from ram_core.evaluation.report import EvaluationReport, Row
 from server.commands.tables import add_row, make_console, new_table
 
 NOTHING = "–"
+_MAX_COLUMNS = 1000
 
 Column = tuple[str, Callable[[Row], str]]
 
 
 def print_report(report: EvaluationReport) -> None:
-    """Quality and fit, what the aligner did, and the texts: a table each; then what a reader must know."""
+    """What the judge said, fit and divergence, and the texts: a table each; then what a reader must know."""
     console = make_console()
-    for columns in (_quality_columns(report), _STEPS, _TEXT):
+    for columns in (_said_of(report), _FIT, _TEXT):
+        if not columns:
+            continue
         table = new_table("setting", *(heading for heading, _ in columns))
+        for column in table.columns:
+            column.no_wrap = True
         for column in table.columns[1:]:
-            column.justify, column.no_wrap = "right", True
+            column.justify = "right"
         for row in report.rows:
             add_row(table, row.label, *(cell(row) for _, cell in columns))
+        # Cells that are cut say something wrong.
+        wide = console.options.update(width=_MAX_COLUMNS)
+        console.width = max(console.width, console.measure(table, options=wide).maximum)
         console.print(table)
     judge = f", judged by {report.judge}" if report.judge else ""
     console.print(f"{report.num_prompts} prompts{judge}. Intervals are of 95 %.", markup=False)
@@ -29,10 +37,9 @@ def print_report(report: EvaluationReport) -> None:
         console.print(f"- {note}", markup=False)
 
 
-def _quality_columns(report: EvaluationReport) -> Sequence[Column]:
-    """Without what the judge did not say of any row."""
-    said = [column for column in _JUDGED if any(column[1](row) != NOTHING for row in report.rows)]
-    return (*said, *_FIT)
+def _said_of(report: EvaluationReport) -> Sequence[Column]:
+    """What a judge may say, without what it did not say of any row."""
+    return [column for column in _JUDGED if any(column[1](row) != NOTHING for row in report.rows)]
 
 
 def _win_rate(row: Row) -> str:
@@ -71,17 +78,18 @@ def _interval(interval: Interval | None, form: str) -> str:
     return f"{form.format(interval.value)} ({form.format(interval.low)}–{form.format(interval.high)})"
 
 
-_JUDGED: Sequence[Column] = (("win rate", _win_rate), ("at equal length", _controlled), ("score", _score))
+_JUDGED: Sequence[Column] = (
+    ("win rate", _win_rate),
+    ("win rate at\nequal length", _controlled),
+    ("score", _score),
+)
 _FIT: Sequence[Column] = (
     ("perplexity", _perplexity),
-    ("wanted in nucleus", _supported),
-    ("tokens/s", lambda row: f"{row.tokens_per_s:,.0f}"),
-)
-_STEPS: Sequence[Column] = (
+    ("wanted\nin nucleus", _supported),
     ("KL(p‖q)", _step("kl_p_q", "{:.3f}")),
     ("KL(π‖p)", _step("kl_pi_p", "{:.3f}")),
     ("ESS", _step("ess", "{:.3f}")),
-    ("aligner mass", _step("aligner_mass", "{:.3f}")),
+    ("aligner\nmass", _step("aligner_mass", "{:.3f}")),
     ("fallbacks", _step("fallback_rate", "{:.1%}")),
 )
 _TEXT: Sequence[Column] = (
@@ -90,4 +98,5 @@ _TEXT: Sequence[Column] = (
     ("distinct-2", _text("distinct_2")),
     ("self-BLEU", _text("self_bleu")),
     ("repetition", _text("repetition")),
+    ("tokens/s", lambda row: f"{row.tokens_per_s:,.0f}"),
 )

@@ -134,7 +134,7 @@ def test_a_judge_behind_http_is_asked_in_both_orders_and_everything_is_written(t
     assert server.bodies[0]["model"] == "wise"
     assert "piracy" in server.bodies[0]["messages"][0]["content"]
     assert sorted(path.name for path in (tmp_path / "p").iterdir()) == ["frontier.svg", "kl_by_position.svg"]
-    for word in ("win rate", "at equal length", "KL(π‖p)", "self-BLEU", "pirate × 0.5", "judged by wise"):
+    for word in ("win rate", "equal length", "KL(π‖p)", "self-BLEU", "pirate × 0.5", "judged by wise"):
         assert word in out
     assert "100% of pairs got the same verdict" in out
 

@@ -28,6 +28,7 @@ from tests.mutants.bank import BANK_MUTANTS
 from tests.mutants.bench import BENCH_MUTANTS
 from tests.mutants.calibration import CALIBRATION_MUTANTS
 from tests.mutants.engine import ENGINE_MUTANTS
+from tests.mutants.evaluation import EVALUATION_MUTANTS
 from tests.mutants.hot_loading import HOT_LOADING_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.resampling import RESAMPLING_MUTANTS
@@ -44,6 +45,7 @@ MUTANTS = [
     *BANK_MUTANTS,
     *HOT_LOADING_MUTANTS,
     *START_MUTANTS,
+    *EVALUATION_MUTANTS,
     *BENCH_MUTANTS,
     *TENANT_MUTANTS,
     *ADMIN_MUTANTS,
