@@ -45,9 +45,9 @@ _WARMUP = WarmupConfig(
     final_rate_fraction=0.05,
     max_gradient_norm=1.0,
 )
-_PROPOSAL_TRAINING = replace(_WARMUP, max_steps=2200, learning_rate=4e-3)
-_BASE_TRAINING = replace(_WARMUP, max_steps=1200, learning_rate=6e-3)
-_ALIGNER_TRAINING = FitConfig(
+PROPOSAL_TRAINING = replace(_WARMUP, max_steps=2200, learning_rate=4e-3)
+BASE_TRAINING = replace(_WARMUP, max_steps=1200, learning_rate=6e-3)
+ALIGNER_TRAINING = FitConfig(
     max_steps=300,
     batch_size=32,
     learning_rate=1e-3,
@@ -55,7 +55,7 @@ _ALIGNER_TRAINING = FitConfig(
     max_gradient_norm=1.0,
     ascent_weight=1e-3,
 )
-_SYNTHESIS = SynthesizeConfig(temperature=1.0, top_p=1.0, top_k=0, max_answer_tokens=48, device="cpu")
+SYNTHESIS = SynthesizeConfig(temperature=1.0, top_p=1.0, top_k=0, max_answer_tokens=48, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class BuildPlan:
     num_conversations: int = 70_000
     num_proposal_cycles: int = 2
     num_aligner_prompts: int = 4_000
-    proposal_training: WarmupConfig = _PROPOSAL_TRAINING
-    base_training: WarmupConfig = _BASE_TRAINING
-    aligner_training: FitConfig = _ALIGNER_TRAINING
+    proposal_training: WarmupConfig = PROPOSAL_TRAINING
+    base_training: WarmupConfig = BASE_TRAINING
+    aligner_training: FitConfig = ALIGNER_TRAINING
 
 
 def build_bundle(
@@ -138,12 +138,12 @@ class _Builder:
         plan = self._plan
         shutil.rmtree(self.bundle, ignore_errors=True)
         tokenizer = self._train_tokenizer()
-        model = self._plant(plan.proposal, tokenizer)
+        model = plant(plan.proposal, tokenizer, self._work / "new" / "proposal", seed=self._seed)
         # Each cycle has a fresh corpus, and a learning rate that starts anew.
         for cycle in range(plan.num_proposal_cycles):
             model = self._warm_up(f"proposal-{cycle + 1}", model, self._corpus(cycle), plan.proposal_training)
         shutil.copytree(model, self.bundle / "proposal")
-        base = self._plant(plan.aligner, tokenizer)
+        base = plant(plan.aligner, tokenizer, self._work / "new" / "aligner-base", seed=self._seed)
         base = self._warm_up("aligner-base", base, self._corpus(0), plan.base_training)
         shutil.copytree(base, self.bundle / "aligner-base")
         for name in ALIGNERS:
@@ -161,30 +161,6 @@ class _Builder:
         write_corpus(path, self._plan.num_conversations, seed=self._seed + cycle)
         return path
 
-    def _plant(self, shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> Path:
-        """A model that has learnt nothing yet, in bfloat16, as what comes of it will be."""
-        directory = self._work / "new" / f"{shape.hidden}x{shape.layers}"
-        torch.manual_seed(self._seed)
-        tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=shape.hidden,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            intermediate_size=shape.intermediate,
-            max_position_embeddings=MAX_CONTEXT_TOKENS,
-            initializer_range=_INITIALIZER_RANGE,
-            tie_word_embeddings=True,
-            **tokens,
-        )
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-        model.generation_config = GenerationConfig(do_sample=True, **tokens)
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory, save_jinja_files=False)
-        return directory
-
     def _warm_up(self, name: str, model: Path, corpus: Path, training: WarmupConfig) -> Path:
         config = self._config(name, corpus, warmup=replace(training, model=str(model)))
         self._run(name, config, "warmup")
@@ -197,7 +173,7 @@ class _Builder:
             name,
             data,
             proposal=str(self.bundle / "proposal"),
-            synthesize=_SYNTHESIS,
+            synthesize=SYNTHESIS,
             fit=replace(self._plan.aligner_training, model=str(self.bundle / "aligner-base")),
             package=PackageConfig(name=name, license="Apache-2.0"),
         )
@@ -223,3 +199,27 @@ class _Builder:
             self._on_progress(dataclasses.replace(progress, stage=f"{name}: {progress.stage}"))
 
         run_stages(config, stages, on_progress=tell)
+
+
+def plant(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, directory: Path, *, seed: int) -> Path:
+    """Write a model that has learnt nothing yet, in bfloat16, as what comes of it will be; its directory."""
+    torch.manual_seed(seed)
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        intermediate_size=shape.intermediate,
+        max_position_embeddings=MAX_CONTEXT_TOKENS,
+        initializer_range=_INITIALIZER_RANGE,
+        tie_word_embeddings=True,
+        **tokens,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(do_sample=True, **tokens)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory, save_jinja_files=False)
+    return directory
