@@ -2,7 +2,7 @@
 
 python -m benchmarks                              # all of them
 python -m benchmarks decode context --quick       # some; other options go to each
-python -m benchmarks report                       # write results/*.json into README.md
+python -m benchmarks report                       # write results/*.json into README.md and docs
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ NAMES = (
     "hot_loading",
 )
 RESULTS = Path(__file__).parent / "results"
+PAGES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "docs" / "reproduction.md")
 
 
 def main(arguments: list[str]) -> int:
     """Run what is named; 1 if any of it failed."""
     if arguments == ["report"]:
-        report.rewrite(Path(__file__).parent / "README.md", RESULTS)
+        for page in PAGES:
+            report.rewrite(page, RESULTS)
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; default: all")

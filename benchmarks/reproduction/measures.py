@@ -19,6 +19,7 @@ from ram_core.models.loading import load_model
 from ram_core.params import AlignmentParams, SamplingParams
 from ram_core.progress import OnProgress
 from ram_core.training.examples import Example, collate
+from ram_core.training.heads import AnswerHead
 from ram_core.training.records import Record
 
 _MAX_ANSWER_TOKENS = 64
@@ -123,20 +124,17 @@ def mean_divergence(
 ) -> float:
     """Mean KL(model ‖ reference) in nats, over all answer tokens of `examples`."""
     total, count = 0.0, 0
+    heads = [(AnswerHead(each), each) for each in (model, reference)]
     for start in range(0, len(examples), _KL_BATCH):
         batch = collate(examples[start : start + _KL_BATCH])
-        num_answer, is_answer = batch.pop("targets").shape[1], batch.pop("is_answer")
         with torch.no_grad():
             log_pi, log_p = (
-                each(**batch, use_cache=False, logits_to_keep=num_answer)
-                .logits[..., :vocab_size]
-                .float()
-                .log_softmax(-1)
-                for each in (model, reference)
+                head.logits(each, batch)[:, :vocab_size].float().log_softmax(-1) for head, each in heads
             )
-        kl = (log_pi.exp() * (log_pi - log_p)).sum(-1)
-        total += float(kl[is_answer].sum())
-        count += int(is_answer.sum())
+        total += float((log_pi.exp() * (log_pi - log_p)).sum())
+        count += len(log_pi)
+    for head, _ in heads:
+        head.remove()
     return total / count
 
 

@@ -107,7 +107,7 @@ class Models:
         return self._run(name, proposal, fit)
 
     def rewriter(self) -> Path:
-        """A model of the aligner's size that reads a question and a draft of its answer, and writes it anew."""
+        """A model of the aligner's size that reads a question and a draft, and writes the answer anew."""
         data = self._home / "rewriter.jsonl"
         records = read_records(str(self._data))
         answers = read_answers(self._layout_of_answers("base").answers)

@@ -23,6 +23,7 @@ from ram_core.training.checkpoints import Starting, write_checkpoint
 from ram_core.training.config import LoraConfig, TrainConfig
 from ram_core.training.examples import Example, TrainingPair, collate
 from ram_core.training.flops import PassFlops
+from ram_core.training.heads import AnswerHead
 from ram_core.training.inputs import read_inputs
 from ram_core.training.job import Job
 from ram_core.training.loop import train
@@ -58,23 +59,24 @@ class ReferenceLogProbs:
         )
 
     def rows(self, indices: Sequence[int]) -> Mapping[str, Tensor]:
-        """Rows of wanted answers, then of proposed ones, [2 * pair, answer], 0 on padding."""
-        rows = [found[index] for found in (self._wanted, self._proposed) for index in indices]
-        return {"reference_log_probs": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
+        """Of the pairs' wanted answers, and then of the proposed ones, [answer token]."""
+        found = [answers[index] for answers in (self._wanted, self._proposed) for index in indices]
+        return {"reference_log_probs": torch.cat(found)}
 
     def _of(self, reference: PreTrainedModel, examples: list[Example], vocab_size: int) -> list[Tensor]:
-        costs = PassFlops.of(reference, is_trained=False)
+        costs, head = PassFlops.of(reference, is_trained=False), AnswerHead(reference)
         order = sorted(range(len(examples)), key=lambda index: examples[index].num_tokens)
         found: dict[int, Tensor] = {}
         for start in range(0, len(order), _BATCH):
             indices = order[start : start + _BATCH]
             batch = collate([examples[index] for index in indices])
-            targets, is_answer = batch.pop("targets"), batch.pop("is_answer")
-            self.flops += costs.of_batch(batch["input_ids"].numel(), targets.numel())
+            self.flops += costs.of_batch(batch["input_ids"].numel(), batch["targets"].numel())
             with torch.no_grad():
-                logits = reference(**batch, use_cache=False, logits_to_keep=targets.shape[1]).logits
-            log_probs = token_log_probs(logits[..., :vocab_size], targets)
-            found |= {index: log_probs[row, : int(is_answer[row].sum())] for row, index in enumerate(indices)}
+                logits = head.logits(reference, batch)[:, :vocab_size]
+            log_probs = token_log_probs(logits, batch["targets"])
+            lengths = [len(examples[index].answer) for index in indices]
+            found |= dict(zip(indices, log_probs.split(lengths), strict=True))
+        head.remove()
         return [found[index] for index in range(len(examples))]
 
 
