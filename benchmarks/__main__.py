@@ -29,6 +29,7 @@ NAMES = (
     "delivery",
     "fairness",
     "hot_loading",
+    "training",
 )
 RESULTS = Path(__file__).parent / "results"
 PAGES = (Path(__file__).parent / "README.md", Path(__file__).parents[1] / "docs" / "reproduction.md")
