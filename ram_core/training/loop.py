@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from ram_core.progress import OnProgress
 from ram_core.training.batches import BatchPlan, Share, Sharing
-from ram_core.training.errors import DivergedError
+from ram_core.training.errors import ConfigError, DivergedError
 from ram_core.training.examples import Example, collate
 from ram_core.training.flops import PassFlops
 from ram_core.training.heads import AnswerHead
@@ -98,6 +98,8 @@ class _PairTrainer(Trainer):  # type: ignore[misc] # it has no types
             # It says that losses are scaled for the whole update already.
             compute_loss_func=job.objective.losses,
         )
+        if self.is_fsdp_enabled and job.loop.optimizer == "muon":
+            raise ConfigError("`optimizer` 'muon' needs whole matrices, which FSDP takes apart; use 'adamw'")
         self.remove_callback(PrinterCallback)
         self._clip = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_and_judge
@@ -129,7 +131,9 @@ class _PairTrainer(Trainer):  # type: ignore[misc] # it has no types
     ) -> Tensor:
         """This part's addend to the update's loss, times the processes that gradients are averaged over."""
         objective = self._job.objective
-        logits = self._head.logits(model, inputs)[:, : self._job.vocab_size]
+        logits = self._head.logits(model, inputs)
+        if logits.shape[1] > self._job.vocab_size:  # a slice costs a copy of all gradients
+            logits = logits[:, : self._job.vocab_size]
         log_probs = objective.token_log_probs(logits, inputs)
         num_pairs = inputs["num_pairs"]
         num_rows = num_pairs * (2 if objective.reads_proposed else 1)

@@ -144,8 +144,11 @@ class Monitor(TrainerCallback):  # type: ignore[misc] # it has no types
 
     def _refuse_weights(self, step: int) -> None:
         """Weights that are no numbers any more are not saved."""
-        parameters = self._trainer.model.parameters()
-        num_bad = sum(int(not torch.isfinite(parameter).all()) for parameter in parameters)
+        # Of a model that is shared out, a process looks at what it has.
+        own = (
+            getattr(each, "to_local", lambda each=each: each)() for each in self._trainer.model.parameters()
+        )
+        num_bad = sum(int(not torch.isfinite(parameter).all()) for parameter in own)
         if self._trainer.args.world_size > 1:
             bad = torch.tensor(num_bad, device=self._trainer.args.device)
             num_bad = int(self._trainer.accelerator.reduce(bad, "sum"))

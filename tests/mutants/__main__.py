@@ -34,6 +34,7 @@ from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.resampling import RESAMPLING_MUTANTS
 from tests.mutants.start import START_MUTANTS
 from tests.mutants.tenants import TENANT_MUTANTS
+from tests.mutants.training_loop import TRAINING_LOOP_MUTANTS
 from tests.mutants.training_stages import TRAINING_STAGES_MUTANTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +53,7 @@ MUTANTS = [
     *ALIGNER_MUTANTS,
     *CALIBRATION_MUTANTS,
     *TRAINING_STAGES_MUTANTS,
+    *TRAINING_LOOP_MUTANTS,
     *(Mutant(*fields) for fields in SERVER_MUTANTS),
 ]
 _PASSED, _FAILED = 0, 1

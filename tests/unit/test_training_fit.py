@@ -13,11 +13,12 @@ from ram_core.engine.local import LocalEngine
 from ram_core.errors import CheckpointError
 from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
 from ram_core.progress import ignore_progress
+from ram_core.training.checkpoints import Starting, write_checkpoint
 from ram_core.training.config import LoraConfig, TrainConfig, WarmupConfig
 from ram_core.training.errors import ConfigError, DataError
 from ram_core.training.examples import TrainingPair
 from ram_core.training.fit import fit_model, warm_up_model
-from tests.training import PAIRS, fit_config, log_prob, save_small
+from tests.training import PAIRS, fit_config, log_prob, save_small, weights_of
 
 HIDDEN, LAYERS, VOCAB = 32, 2, 300
 
@@ -93,6 +94,23 @@ def test_a_checkpoint_is_left_as_it_came(dtype, tmp_path):
     for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
         assert (done / name).read_bytes() == (start / name).read_bytes()
     assert AutoModelForCausalLM.from_pretrained(done).dtype == dtype
+
+
+def test_weights_that_were_gathered_make_the_same_checkpoint(start, tmp_path):
+    """As from a model that lay apart on several devices, with and without LoRA."""
+    for rank in (0, 4):
+        starting = Starting(str(start), LoraConfig(rank=rank, is_merged=True), False, 0)
+        model = starting.build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * parameter.requires_grad
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        write_checkpoint(None, state, starting, tmp_path / f"gathered-{rank}")
+        write_checkpoint(model, None, starting, tmp_path / f"whole-{rank}")
+        gathered, whole = (weights_of(tmp_path / f"{name}-{rank}") for name in ("gathered", "whole"))
+        assert gathered.keys() == whole.keys()
+        assert all(torch.equal(gathered[name], whole[name]) for name in whole)
+        assert not torch.equal(whole["lm_head.weight"], weights_of(start)["lm_head.weight"]) or rank
 
 
 def test_a_finished_run_is_not_repeated(start, tmp_path):
