@@ -236,10 +236,34 @@ def test_the_limits_are_those_of_the_models(config):
     assert "256 tokens" in report.notes[1]
 
 
-def test_supervised_training_needs_no_answers_of_the_proposal(config, tmp_path):
-    report = run_stages(config(fit__objective="sft"))
+@pytest.mark.parametrize("objective", ["sft", "ram-token"])
+def test_some_objectives_need_no_answers_of_the_proposal(config, tmp_path, objective):
+    report = run_stages(config(fit__objective=objective))
     assert outcomes(report) == {"fit": "done", "package": "done"}
     assert not (tmp_path / "run" / "synthesis.jsonl").exists()
+    told = read_manifest(report.aligner).provenance
+    assert ("fit.strength" in told) == (objective == "ram-token")
+
+
+# PEFT's own use of what transformers will drop.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+def test_rejected_answers_and_an_adapter_need_neither_engine_nor_another_model(config, pair, tmp_path):
+    rows = [{"prompt": f"What is {at}?", "chosen": f"It is {at}.", "rejected": "No."} for at in range(8)]
+    (tmp_path / "preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    preferences = config(
+        data__train=str(tmp_path / "preferences.jsonl"),
+        synthesize__from_rejected=True,
+        fit__objective="ram-dpo",
+        fit__lora={"rank": 2},
+    )
+    report = run_stages(preferences)
+    assert outcomes(report) == {"synthesize": "done", "fit": "done", "package": "done"}
+    assert report.stages[0].summary["num_sampled"] == 0
+    adapter = json.loads((report.aligner / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(Path(pair[1]).resolve())
+    assert verify(report.aligner, proposal=load_tokenizer(pair[0])).is_sound
+    told = read_manifest(report.aligner).provenance
+    assert (told["fit.lora.rank"], told["synthesize.from_rejected"]) == ("2", "true")
 
 
 def test_a_warmed_up_proposal_is_that_of_all_later_stages(config, pair, tmp_path):
