@@ -200,16 +200,14 @@ class _Run:
 
     def _judged(self, stage: Stage, inputs: dict[str, Any]) -> StageRecord | None:
         """The stage's record if it is to be kept or to go on; None if it is to begin."""
-        if stage in self._restarted:
-            return None
         record = self._ledger.read(stage)
         product = self._layout.product(stage)
-        if record is None:
-            if product.exists() and not self._restarts_changed:
-                raise TrainingError(
-                    f"`{product}` is there, but not by this run; remove it, add --restart, "
-                    "or choose another `output`"
-                )
+        if record is None and product.exists():
+            # Not even a restart may take away what it did not make.
+            raise TrainingError(
+                f"`{product}` is there, but not by this run; remove it, or choose another `output`"
+            )
+        if record is None or stage in self._restarted:
             return None
         if record.inputs != inputs:
             # An aligner is packed in a moment, and replaced as a whole.

@@ -173,8 +173,11 @@ def test_an_aligner_is_packed_anew_when_it_is_to_say_something_else(done, config
 def test_what_somebody_else_made_is_not_touched(config, tmp_path):
     (tmp_path / "run" / "fit").mkdir(parents=True)
     (tmp_path / "run" / "fit" / "thesis.txt").write_text("years of work")
-    with pytest.raises(TrainingError, match="not by this run"):
-        run_stages(config(), ["synthesize", "fit"])
+    run_stages(config(), ["synthesize"])
+    for restart in (False, True):
+        for stages in ((), ("fit",)):
+            with pytest.raises(TrainingError, match="not by this run"):
+                run_stages(config(), stages, restart=restart)
     assert (tmp_path / "run" / "fit" / "thesis.txt").exists()
 
 
