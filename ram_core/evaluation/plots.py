@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ram_core.evaluation.frontier import Curve, quality_name, strength_curves, threshold_curves, undominated
 from ram_core.evaluation.report import EvaluationReport, Row
@@ -18,6 +18,7 @@ SUFFIXES = ("png", "svg")
 # Beyond this place so few answers are left that their mean says nothing.
 _MIN_SHARE_AT = 0.1
 _MAX_LINES = 12
+_MAX_INSIDE = 6
 
 
 def check_can_plot(suffix: str = "png") -> None:
@@ -107,7 +108,7 @@ def plot_thresholds(report: EvaluationReport) -> Figure:
     for curve in curves:
         x = [float(places[point.kl_threshold]) for point in curve.points]
         _draw_curve(quality_axes, curve, x)
-        fallback_axes.plot(x, [point.fallback_rate for point in curve.points], "o-", label=curve.name)
+        fallback_axes.plot(x, [point.fallback_rate for point in curve.points], marker="o", label=curve.name)
     quality_axes.set(title="Quality", ylabel=quality_name(report))
     fallback_axes.set(title="Fallbacks to the proposal", ylabel="share of tokens", ylim=(0, 1))
     names = ["off" if math.isinf(threshold) else f"{threshold:g}" for threshold in thresholds]
@@ -119,12 +120,18 @@ def plot_thresholds(report: EvaluationReport) -> Figure:
 
 
 def _figure(num_axes: int) -> tuple[Figure, tuple[Axes, ...]]:
+    from matplotlib import rcParams
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.rcsetup import cycler
 
     figure = Figure(figsize=(6.5 * num_axes, 4.5), layout="constrained", dpi=120)
     FigureCanvasAgg(figure)
-    return figure, tuple(figure.add_subplot(1, num_axes, place + 1) for place in range(num_axes))
+    all_axes = tuple(figure.add_subplot(1, num_axes, place + 1) for place in range(num_axes))
+    for axes in all_axes:
+        # Curves beyond the tenth would have the colour of another one.
+        axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
+    return figure, all_axes
 
 
 def _draw_curve(axes: Axes, curve: Curve, x: list[float]) -> None:
@@ -133,12 +140,16 @@ def _draw_curve(axes: Axes, curve: Curve, x: list[float]) -> None:
         [quality.value - quality.low for quality in qualities],
         [quality.high - quality.value for quality in qualities],
     ]
-    axes.errorbar(x, [quality.value for quality in qualities], errors, fmt="o-", capsize=2, label=curve.name)
+    values = [quality.value for quality in qualities]
+    axes.errorbar(x, values, errors, marker="o", capsize=2, label=curve.name)
 
 
 def _finish(axes: Axes) -> None:
     axes.grid(alpha=0.3)
-    legend = axes.legend(fontsize="small")
+    # Many names would hide what they name.
+    is_crowded = len(axes.get_legend_handles_labels()[1]) > _MAX_INSIDE
+    beside: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if is_crowded else {}
+    legend = axes.legend(fontsize="small", **beside)
     for text in legend.get_texts():
         # Names are no formulas.
         text.set_parse_math(False)

@@ -22,11 +22,10 @@ from ram_core.evaluation.preferences import (
     mean_interval,
     win_rate,
 )
+from ram_core.evaluation.wanted import wanted_examples
 from ram_core.params import Resampling
 from ram_core.progress import OnProgress, ignore_progress
-from ram_core.training.encoding import encode_answer
 from ram_core.training.errors import DataError
-from ram_core.training.examples import Example
 
 
 @dataclass(frozen=True)
@@ -193,20 +192,14 @@ def _score_held_out(
     bench: Bench, settings: Sequence[Setting], on_progress: OnProgress
 ) -> tuple[list[HeldOut | None], list[str]]:
     """How each setting fits the wanted answers that there are and that fit into the context."""
-    end_ids = bench.engine.engine.bank.eos_ids
-    examples = [
-        Example(prompt, encode_answer(bench.tokenizer, record.messages, record.wanted, end_ids=end_ids))
-        for prompt, record in zip(bench.prompts, bench.records, strict=True)
-        if record.wanted
-    ]
-    limit = bench.engine.engine.limits.max_model_len
-    fitting = [example for example in examples if example.num_tokens <= limit]
+    fitting = wanted_examples(bench)
+    num_wanted = sum(bool(record.wanted) for record in bench.records)
     notes = []
-    if len(examples) < len(bench.records):
-        missing = len(bench.records) - len(examples)
+    if num_wanted < len(bench.records):
+        missing = len(bench.records) - num_wanted
         notes.append(f"{missing} of {len(bench.records)} records have no wanted answer: no perplexity there")
-    if len(fitting) < len(examples):
-        notes.append(f"{len(examples) - len(fitting)} wanted answers do not fit into the context: left out")
+    if len(fitting) < num_wanted:
+        notes.append(f"{num_wanted - len(fitting)} wanted answers do not fit into the context: left out")
     if any(_is_drawn(setting) for setting in settings) and fitting:
         notes.append("`candidates` has no law in closed form: no perplexity there")
     if not fitting:

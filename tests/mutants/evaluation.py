@@ -17,12 +17,7 @@ EVALUATION_MUTANTS = [
         "ram_core/evaluation/answering.py", "setting.sampling.max_tokens or room, room", "9, 9", _ANSWERING
     ),
     Mutant("ram_core/evaluation/held_out.py", "proposal_top_p=1.0, proposal_top_k=0", "", _HELD_OUT),
-    Mutant(
-        "ram_core/evaluation/held_out.py",
-        "len(example.prompt) - 1, first",
-        "len(example.prompt), first",
-        _HELD_OUT,
-    ),
+    Mutant("ram_core/evaluation/held_out.py", "*example.answer[:-1])", "*example.answer[1:])", _HELD_OUT),
     Mutant("ram_core/evaluation/held_out.py", "logits.log_probs(self.cut, targets)", "log_probs", _HELD_OUT),
     Mutant("ram_core/evaluation/held_out.py", "group.lane(model)[1]", "0", _HELD_OUT),
     Mutant("ram_core/evaluation/held_out.py", "if not self.is_closed:", "if False:", _HELD_OUT),

@@ -94,6 +94,14 @@ def test_missing_wanted_answers_are_told_once(report: EvaluationReport, bench: B
     assert report.rows[0].held_out.num_tokens > 10
 
 
+def test_wanted_answers_that_do_not_fit_are_left_out_and_told(bench: Bench) -> None:
+    long = Record(RECORDS[0].messages, "the dog " * 200)
+    report = evaluate(bench.with_records([RECORDS[0], long]), [Setting("again", sampling=SAMPLING)])
+    assert report.notes == ("1 wanted answers do not fit into the context: left out",)
+    none = evaluate(bench.with_records([RECORDS[1]]), [Setting("again", sampling=SAMPLING)])
+    assert [row.held_out for row in none.rows] == [None, None]
+
+
 def test_the_report_is_json_without_what_json_does_not_know(report: EvaluationReport) -> None:
     plain = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert plain["judge"] == "letters"
