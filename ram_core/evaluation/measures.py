@@ -172,7 +172,8 @@ class _ReferenceLengths:
             return length
         at = bisect_left(self._ordered, length)
         others = self._ordered[max(0, at - 1) : at] + self._ordered[at + 1 : at + 2]
-        return min(others, key=lambda other: (abs(other - length), other))
+        # In order, so that of two the shorter is found first.
+        return min(others, key=lambda other: abs(other - length))
 
 
 def _bleu(

@@ -20,16 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 256
 
-_HEADINGS = (
-    "rung",
-    "mass",
-    "ESS",
-    "KL(p‖q)",
-    "KL(π‖p)",
-    "supported",
-    "perplexity (alone)",
-    "quality (alone)",
-)
+_HEADINGS = ("rung", "mass", "ESS", "KL(p‖q)", "KL(π‖p)", "supported", "perplexity", "quality")
 
 
 def stress(
@@ -164,6 +155,7 @@ def _print(report: StressReport) -> None:
             f"{_number(rung.quality)} ({_number(rung.quality_alone)})",
         )
     console.print(table)
+    console.print("In brackets: the proposal alone.")
     broken = report.first_broken
     if broken is None:
         console.print(f"Support holds on every rung. It would be broken by {report.criterion}.", markup=False)

@@ -14,14 +14,17 @@ _PACK = ("tests/unit/test_aligner_verification.py",)
 CALIBRATION_MUTANTS = [
     Mutant(
         "ram_core/evaluation/measures.py",
+        "key=lambda other: abs(other - length)",
+        "key=lambda other: 0",
+        _MEASURES,
+    ),
+    Mutant(
+        "ram_core/evaluation/measures.py",
         "self._second[gram] if owner == index else largest",
         "largest",
         _MEASURES,
     ),
     Mutant("ram_core/evaluation/measures.py", "elif count > self._second[gram]:", "elif False:", _MEASURES),
-    Mutant(
-        "ram_core/evaluation/measures.py", "(abs(other - length), other)", "abs(other - length)", _MEASURES
-    ),
     Mutant(
         "ram_core/evaluation/measures.py", "num_matches or _SMOOTHED_MATCHES", "num_matches or 1", _MEASURES
     ),
