@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
@@ -15,17 +16,18 @@ from ram_core.engine.device import beside_steps
 from ram_core.engine.load_groups import architecture, load_stacked, stack_loras
 from ram_core.engine.messages import LoadAligner
 from ram_core.engine.plan import size_text
-from ram_core.engine.room import expected_bytes, is_out_of_memory
+from ram_core.engine.room import expected_bytes, is_out_of_memory, without_weights
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
-from ram_core.models.conformance import check_conformance
+from ram_core.models.conformance import check_conformance, chunked_logits, far_off, plain_logits
 from ram_core.models.kv import KvPool
 from ram_core.models.loading import context_limit, load_config, load_model, unsupported_reason
 from ram_core.models.lora import MAX_RANK, LoraConfig, LoraLayer, is_adapter, load_lora, read_lora_config
 from ram_core.models.lora_stack import LoraStack, linear_shapes
+from ram_core.models.packing import PackedBatch
 from ram_core.models.paged import PagedModel
 from ram_core.models.source import resolve_source
-from ram_core.models.stacked import StackedModel, plain_weights
+from ram_core.models.stacked import StackedModel, fits_as_stored, plain_weights, unstackable_reason
 from ram_core.models.stored import StoredWeights, Weight
 from ram_core.models.vocabulary import (
     check_same_vocabulary,
@@ -63,16 +65,19 @@ class Terms:
         Raises:
             CheckpointError: it cannot be served.
         """
-        model = load_model(
+        paged = PagedModel(self.load_model(source), name=name, attention=self.attention)
+        check_conformance(paged, self.vocab_size)
+        return paged
+
+    def load_model(self, source: str) -> PreTrainedModel:
+        """The same as transformers loads it; raises as `load`."""
+        return load_model(
             source,
             device=self.device,
             dtype=self.dtype,
             attn_implementation=ATTENTION_NAME,
             trust_remote_code=self.config.trust_remote_code,
         )
-        paged = PagedModel(model, name=name, attention=self.attention)
-        check_conformance(paged, self.vocab_size)
-        return paged
 
     def check(self, name: str, config: PretrainedConfig, tokenizer_source: str) -> None:
         """Refuse a model that cannot follow the proposal, or not as far as requests go.
@@ -125,6 +130,8 @@ class Newcomers:
         self._terms = terms
         self._groups = groups
         self._pools = pools
+        # Architectures that say the same in a shared module, over pages, as by themselves.
+        self._conforming: set[str] = set()
 
     def load(self, order: LoadAligner, progress: Callable[[float], None]) -> list[Newcomer]:
         """All parts of an aligner; any thread may call it, but one at a time.
@@ -158,7 +165,7 @@ class Newcomers:
             newcomer = self._adapter_in_slot(name, adapter, max_bytes)
             return newcomer or self._own_lora_group(name, adapter, max_bytes, others)
         newcomer = self._model_in_slot(name, source, config, max_bytes, share)
-        return newcomer or self._own_group(name, source, config, max_bytes, others)
+        return newcomer or self._own_group(name, source, config, max_bytes, others, share)
 
     def _model_in_slot(
         self, name: str, source: str, config: PretrainedConfig, max_bytes: int, share: _Share
@@ -183,19 +190,71 @@ class Newcomers:
         return None
 
     def _own_group(
-        self, name: str, source: str, config: PretrainedConfig, max_bytes: int, others: list[Newcomer]
+        self,
+        name: str,
+        source: str,
+        config: PretrainedConfig,
+        max_bytes: int,
+        others: list[Newcomer],
+        share: _Share,
     ) -> Newcomer:
         """A model that shares no module, but with those that come later if slots were asked for."""
-        own = self._terms.config
-        check_size(name, expected_bytes(config, self._terms.dtype, own), max_bytes)
+        own, kind = self._terms.config, architecture(config)
+        skeleton = without_weights(name, config, self._terms.dtype, own)
+        check_size(name, skeleton.weight_bytes, max_bytes)
         num_slots = own.aligner_slots if own.aligner_bank else 1
         served: PagedModel | StackedModel | None = None
         if num_slots > 1:
-            served, _ = load_stacked([name], iter([(name, self._terms.load(name, source))]), num_slots)
+            served = self._read_stacked(name, source, skeleton, kind, num_slots, share)
+            if served is None:
+                served, _ = load_stacked([name], iter([(name, self._terms.load(name, source))]), num_slots)
         served = served or self._terms.load(name, source)
         num_bytes = served.slot_bytes if isinstance(served, StackedModel) else served.weight_bytes
-        group = AlignerGroup(_unique(name), served, [name], kind=architecture(config))
+        group = AlignerGroup(_unique(name), served, [name], kind=kind)
         return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
+
+    def _read_stacked(
+        self, name: str, source: str, skeleton: PagedModel, kind: str, num_slots: int, share: _Share
+    ) -> StackedModel | None:
+        """A shared module whose first weights are read straight from the files, and no model built of them.
+
+        The first of an architecture is compared with its own plain forward. None if it differs, or cannot be
+        had in this way; others may tell why.
+        """
+        terms = self._terms
+        # Its weights stay in the files, but for what is looked at.
+        model = terms.load_model(source)
+        with StoredWeights(resolve_source(source, with_weights=True), share.read) as stored:
+            if unstackable_reason(model) or not fits_as_stored(model, stored):
+                return None
+            share.total = stored.num_bytes
+            alone = PagedModel(model, name=name, attention=terms.attention, skeleton=skeleton)
+            plain = None if kind in self._conforming else plain_logits(alone, terms.vocab_size)
+            try:
+                stack = StackedModel(alone, num_slots, skeleton)
+            except CheckpointError:
+                return None
+            weights = stack.weights_in(stored)
+            assert weights is not None, "a stack has the shapes of its model"
+            stack.stage(0, weights)
+        stack.settle(0)
+        if plain is not None:
+            if not self._says(plain, stack):
+                return None
+            self._conforming.add(kind)
+        return stack
+
+    def _says(self, plain: Tensor, stack: StackedModel) -> bool:
+        """Whether the model in a stack's first slot gives these logits over pages, but for rounding."""
+
+        def forward(batch: PackedBatch, pool: KvPool) -> Tensor:
+            return stack.forward(batch, pool, torch.zeros_like(batch.input_ids))
+
+        try:
+            ours = chunked_logits(stack.paged, self._terms.vocab_size, forward)
+        except Exception:  # Whatever a model's code makes of weights that differ from token to token.
+            return False
+        return far_off(ours, plain, stack.paged.model) is None
 
     def _adapter_in_slot(self, name: str, adapter: LoraConfig, max_bytes: int) -> Newcomer | None:
         """An adapter beside others of its base, if they left room for all that it changes."""

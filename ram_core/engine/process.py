@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 import zmq
@@ -23,6 +24,7 @@ _BOOT = (
 _LOOK_MS = 100
 """So often it is looked whether the process still lives."""
 _RECONNECT_MS = 10
+_HUGE_PAGES = "glibc.malloc.hugetlb"
 
 
 class EngineProcess:
@@ -99,9 +101,22 @@ class EngineProcess:
         # Born deaf to what is meant for the whole group: its parent ends it, when the last answer is out.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL)  # noqa: S603 - ourselves
+            environment = os.environ | _memory_options(os.environ)
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment)  # noqa: S603 - ourselves
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _memory_options(environment: Mapping[str, str]) -> dict[str, str]:
+    """Have glibc ask for huge pages, which must be said before a process begins.
+
+    What is laid out for the CPU is its memory: it takes half the time in pages of 2 MiB, as each page that a
+    program touches first costs a fault. What the environment says already holds.
+    """
+    tunables = environment.get("GLIBC_TUNABLES", "")
+    if _HUGE_PAGES in tunables:
+        return {}
+    return {"GLIBC_TUNABLES": ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))}
 
 
 def _open(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:

@@ -70,7 +70,7 @@ def expected_needs(
     config: EngineConfig, configs: Mapping[str, PretrainedConfig], dtype: torch.dtype
 ) -> Needs:
     """What the models that `config` names take of this process' device; reads no weights."""
-    models = {name: _without_weights(name, each, dtype, config) for name, each in configs.items()}
+    models = {name: without_weights(name, each, dtype, config) for name, each in configs.items()}
     proposal = models.pop("proposal")
     ways = {name: quantized_bytes(proposal.model, name) for name in QUANTIZATIONS}
     main_bytes = ways[config.quantization]
@@ -93,7 +93,7 @@ def expected_needs(
 
 def expected_bytes(model_config: PretrainedConfig, dtype: torch.dtype, config: EngineConfig) -> int:
     """What an aligner's model takes, by its config; reads no weights."""
-    return _without_weights("aligner", model_config, dtype, config).weight_bytes
+    return without_weights("aligner", model_config, dtype, config).weight_bytes
 
 
 def needs_of(models: Mapping[str, PagedModel], geometries: Iterable[KvGeometry]) -> Needs:
@@ -117,9 +117,10 @@ def naming_what_was_tried(words: str, device: torch.device) -> Iterator[None]:
         raise CheckpointError(f"{words} failed: {free_text(device)} free on `{device}`") from None
 
 
-def _without_weights(
+def without_weights(
     name: str, model_config: PretrainedConfig, dtype: torch.dtype, config: EngineConfig
 ) -> PagedModel:
+    """A model as its config describes it, on the meta device."""
     skeleton = build_skeleton(
         model_config, attn_implementation=ATTENTION_NAME, trust_remote_code=config.trust_remote_code
     )

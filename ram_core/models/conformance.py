@@ -6,6 +6,8 @@ their own masks carry). So a packed, chunked run over pages is compared with the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -15,13 +17,16 @@ from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.backends import least_page_size
 from ram_core.models.kv import KvPool
-from ram_core.models.packing import Row, pack
+from ram_core.models.packing import PackedBatch, Row, pack
 from ram_core.models.paged import PagedModel
 from ram_core.models.quantization import may_round_activations
 
 _PAGE_SIZE = 4
 _LENGTH = 24
 _CHUNKS = ((0, 9), (9, 22), (22, 23), (23, 24))
+
+Forward = Callable[[PackedBatch, KvPool], Tensor]
+"""As `PagedModel.forward`."""
 
 
 @torch.inference_mode()
@@ -31,7 +36,7 @@ def check_conformance(paged: PagedModel, vocab_size: int) -> None:
     Raises:
         CheckpointError: the logits differ by more than rounding explains.
     """
-    difference = far_off(chunked_logits(paged, vocab_size), _plain_logits(paged, vocab_size), paged.model)
+    difference = far_off(chunked_logits(paged, vocab_size), plain_logits(paged, vocab_size), paged.model)
     if difference is not None:
         kind = paged.model.config.model_type
         raise CheckpointError(
@@ -58,7 +63,8 @@ def far_off(
     return f"difference {difference:.2g} standard deviations, limit {limit:g}"
 
 
-def _plain_logits(paged: PagedModel, vocab_size: int) -> Float[Tensor, "place row vocab"]:
+@torch.inference_mode()
+def plain_logits(paged: PagedModel, vocab_size: int) -> Float[Tensor, "place row vocab"]:
     """The model's own forward over each whole sequence, without a cache."""
     ids = _probe_ids(vocab_size)
     paged.model.set_attn_implementation("eager")
@@ -69,8 +75,15 @@ def _plain_logits(paged: PagedModel, vocab_size: int) -> Float[Tensor, "place ro
     return torch.as_tensor(logits[:, [end - 1 for _, end in _CHUNKS]]).float().transpose(0, 1)
 
 
-def chunked_logits(paged: PagedModel, vocab_size: int) -> Float[Tensor, "place row vocab"]:
-    """What a model says of two sequences, packed into one batch, chunk by chunk over scattered pages."""
+@torch.inference_mode()
+def chunked_logits(
+    paged: PagedModel, vocab_size: int, forward: Forward | None = None
+) -> Float[Tensor, "place row vocab"]:
+    """What a model says of two sequences, packed into one batch, chunk by chunk over scattered pages.
+
+    `forward` is the model's own, or that of what its weights were moved to.
+    """
+    forward = forward or paged.forward
     ids = _probe_ids(vocab_size)
     page_size = max(_PAGE_SIZE, least_page_size(paged.attention))
     pages_each = -(-_LENGTH // page_size)
@@ -79,7 +92,7 @@ def chunked_logits(paged: PagedModel, vocab_size: int) -> Float[Tensor, "place r
     logits = []
     for start, end in _CHUNKS:
         rows = [Row(ids[row, start:end].tolist(), start, pages[row]) for row in range(2)]
-        logits.append(paged.forward(pack(rows, page_size=page_size, device=paged.device), pool).float())
+        logits.append(forward(pack(rows, page_size=page_size, device=paged.device), pool).float())
     return torch.stack(logits)
 
 

@@ -13,11 +13,14 @@ from __future__ import annotations
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
+
+from ram_core.models.stored import take_from_files
 
 # Rows that the layout is made for; it serves any number.
 _TYPICAL_ROWS = 32
@@ -90,25 +93,34 @@ def _(x: Tensor, layer: int, out_features: int) -> Tensor:
 
 def pack_linears(model: nn.Module) -> None:
     """Replace every float32 `nn.Linear` of a model on CPU; does nothing where PyTorch lacks oneDNN."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return
+    keeps_plain = keeps_plain_weights(model)
+    if keeps_plain:
+        take_from_files(model)
     found = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        # Not its subclasses: these may do more than multiply.
-        if type(child) is nn.Linear and _is_packable(child.weight)
+        if is_packable(child)
     ]
-    num_bytes = sum(child.weight.nbytes for _, _, child in found)
-    keeps_plain = num_bytes <= _MAX_PLAIN_BYTES and _is_intel()
     for parent, name, child in found:
         setattr(parent, name, PackedLinear(child, keeps_plain=keeps_plain))
 
 
-def _is_packable(weight: Tensor) -> bool:
+def is_packable(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether `pack_linears` replaces a layer."""
+    # Not subclasses: these may do more than multiply.
+    if type(layer) is not nn.Linear or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    weight = layer.weight
     # Not quantised weights nor shares of one, which are tensors of their own kinds.
     is_plain = type(weight) in (Tensor, nn.Parameter)
     return is_plain and weight.device.type == "cpu" and weight.dtype is torch.float32
+
+
+def keeps_plain_weights(model: nn.Module) -> bool:
+    """Whether `pack_linears` keeps a model's plain weights beside the packed ones."""
+    num_bytes = sum(layer.weight.nbytes for layer in model.modules() if is_packable(layer))
+    return num_bytes <= _MAX_PLAIN_BYTES and _is_intel()
 
 
 @cache

@@ -15,26 +15,39 @@ from ram_core.models.kv import KvGeometry, KvPool
 from ram_core.models.packed_linear import pack_linears
 from ram_core.models.packing import PackedBatch
 from ram_core.models.quantization import weight_bytes
+from ram_core.models.stored import take_from_files
 
 
 class PagedModel:
     """Wraps a model loaded with `attn_implementation=ATTENTION_NAME`, and lays its weights out for inference.
 
     `attention` is one of `ATTENTION_KINDS`. `weight_bytes` are the bytes of all weights as they are stored in
-    this process, tied ones once.
+    this process, tied ones once. With `skeleton`, the same model without weights, nothing is laid out, as all
+    weights are to be replaced.
 
     Raises:
         CheckpointError: a layer of the model does not go through the attention interface.
     """
 
-    def __init__(self, model: PreTrainedModel, *, name: str, attention: str = "auto") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        name: str,
+        attention: str = "auto",
+        skeleton: PagedModel | None = None,
+    ) -> None:
         self.model = model
         self.name = name
         self.attention = attention
         self.device = model.device
         self.weight_bytes = weight_bytes(model)
-        pack_linears(model)
         choose_experts(model)
+        if skeleton is not None:
+            self.geometry = skeleton.geometry
+            return
+        pack_linears(model)
+        take_from_files(model)
         self.geometry = self._learn_geometry()
 
     @torch.inference_mode()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from math import prod
 from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
@@ -18,7 +20,7 @@ from torch.nn.functional import layer_norm
 from ram_core.errors import CheckpointError
 from ram_core.models.grouped_linear import RowGroups, current_groups, grouped_linear
 from ram_core.models.model_stack import ModelStack, Twin, by_module, head_of, replace_module
-from ram_core.models.packed_linear import PackedLinear
+from ram_core.models.packed_linear import PackedLinear, is_packable, keeps_plain_weights
 from ram_core.models.paged import PagedModel
 from ram_core.models.stored import StoredTensor, StoredWeights, Weight, put
 
@@ -26,25 +28,24 @@ Linear = nn.Linear | PackedLinear
 
 _NORM_NAMES = {"weight", "bias"}
 _PREFIX = "stacked_"
+_ALIGNMENT = 64
+"""Bytes; as PyTorch aligns what it allocates."""
 
 
 class StackedModel(ModelStack):
     """`num_slots` models of the architecture of `paged`, whose leaves this replaces; all slots begin empty.
 
+    With `skeleton`, the same model without weights, those of `paged` are not looked at.
+
     Raises:
         CheckpointError: the architecture has weights outside the leaves that can be replaced; nothing was.
     """
 
-    def __init__(self, paged: PagedModel, num_slots: int) -> None:
+    def __init__(self, paged: PagedModel, num_slots: int, skeleton: PagedModel | None = None) -> None:
         if reason := unstackable_reason(paged.model):
             raise CheckpointError(f"`{paged.name}` shares no module with others: {reason}")
-        self._shapes = {name: weight.shape for name, weight in plain_weights(paged.model).items()}
-        self._tied = {
-            name: source
-            for name, source in getattr(paged.model, "all_tied_weights_keys", {}).items()
-            if name in self._shapes and source in self._shapes
-        }
-        twins = _replace_leaves(paged.model, num_slots, _trailing_axes(paged))
+        self._shapes, self._tied = _shapes(paged.model), _tied(paged.model)
+        twins = _replace_leaves(paged.model, num_slots, _trailing_axes(skeleton or paged))
         super().__init__(paged, num_slots, twins, slot_bytes=paged.weight_bytes)
 
     def weights_in(self, stored: StoredWeights) -> dict[str, StoredTensor] | None:
@@ -52,11 +53,7 @@ class StackedModel(ModelStack):
 
         None if not: then transformers knows which they are, perhaps, as it renames, splits and joins weights.
         """
-        found = stored.tensors
-        own = self._shapes.keys() - self._tied.keys()
-        if stored.odd or found.keys() != own or any(found[name].shape != self._shapes[name] for name in own):
-            return None
-        return {name: found[self._tied.get(name, name)] for name in self._shapes}
+        return _weights_in(stored, self._shapes, self._tied)
 
     def stage(self, slot: int, weights: Mapping[str, Weight]) -> None:
         """Begin to put a model's weights, as `plain_weights` names them, into a slot that nothing uses.
@@ -75,6 +72,37 @@ class StackedModel(ModelStack):
             if not _is_same(weights[name], weights[source]):
                 raise CheckpointError(f"`{name}` and `{source}` are one weight in `{self.paged.name}`")
         self._copy(slot, by_module(weights))
+
+
+def fits_as_stored(model: nn.Module, stored: StoredWeights) -> bool:
+    """Whether a stack made of a model takes a checkpoint's weights as they are."""
+    return _weights_in(stored, _shapes(model), _tied(model)) is not None
+
+
+def _weights_in(
+    stored: StoredWeights, shapes: Mapping[str, torch.Size], tied: Mapping[str, str]
+) -> dict[str, StoredTensor] | None:
+    found = stored.tensors
+    own = shapes.keys() - tied.keys()
+    if stored.odd or found.keys() != own or any(found[name].shape != shapes[name] for name in own):
+        return None
+    return {name: found[tied.get(name, name)] for name in shapes}
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """As `plain_weights`, their shapes alone: what is packed is not laid out plainly for that."""
+    shapes = {name: value.shape for name, value in model.named_parameters(remove_duplicate=False)}
+    return shapes | {
+        f"{name}.weight": torch.Size((layer.out_features, layer.in_features))
+        for name, layer in model.named_modules()
+        if isinstance(layer, PackedLinear)
+    }
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Names of weights that are another one's, with its name."""
+    shapes, known = _shapes(model), getattr(model, "all_tied_weights_keys", {})
+    return {name: source for name, source in known.items() if name in shapes and source in shapes}
 
 
 def _is_same(one: Weight, other: Weight) -> bool:
@@ -153,6 +181,7 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
     twins: dict[str, Twin] = {}
     # By where the weights lay that they replace.
     embeddings: dict[int, nn.Parameter] = {}
+    keeps_plain = keeps_plain_weights(model)
     leaves = dict(model.named_modules())
     for name, module in leaves.items():
         if _is_embedding(module):
@@ -163,10 +192,14 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
         if is_linear(module):
             is_kept = type(module) is nn.Linear or module.keeps_plain
             tied = embeddings.get(module.weight.data_ptr()) if is_kept else None
+            is_head = module is head_of(model)
             # What is packed lies on CPU, and has no weight to look at without a copy.
-            is_on_cpu = isinstance(module, PackedLinear) or module.weight.device.type == "cpu"
-            kind = SlotLinear if is_on_cpu else StackedLinear
-            twins[name] = kind(module, num_slots, is_head=module is head_of(model), tied=tied)
+            if isinstance(module, PackedLinear) or module.weight.device.type == "cpu":
+                twins[name] = SlotLinear(
+                    module, num_slots, is_head=is_head, tied=tied, keeps_plain=keeps_plain
+                )
+            else:
+                twins[name] = StackedLinear(module, num_slots, is_head=is_head, tied=tied)
         elif name not in twins and list(module.parameters(recurse=False)):
             twins[name] = _Leaf(module, num_slots, trailing_axes[name])
     for name, twin in twins.items():
@@ -176,14 +209,19 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
 
 
 class SlotLinear(nn.Module):
-    """A linear layer for each slot, on CPU: each takes the rows of its slot, and empty ones are not read."""
+    """A linear layer for each slot, on CPU: each takes the rows of its slot, and empty ones are not read.
 
-    def __init__(self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None) -> None:
+    They are packed if `layer` is, or would be; `keeps_plain` says whether it would keep its plain weight.
+    """
+
+    def __init__(
+        self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None, keeps_plain: bool
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._is_head, self._tied = is_head, tied
-        self._is_packed = isinstance(layer, PackedLinear)
-        self._keeps_plain = isinstance(layer, PackedLinear) and layer.keeps_plain
+        self._is_packed = isinstance(layer, PackedLinear) or is_packable(layer)
+        self._keeps_plain = layer.keeps_plain if isinstance(layer, PackedLinear) else keeps_plain
         self._dtype = torch.float32 if isinstance(layer, PackedLinear) else layer.weight.dtype
         self._layers: list[nn.Module | None] = [None] * num_slots
 
@@ -200,6 +238,9 @@ class SlotLinear(nn.Module):
         for name, weight in weights.items():
             if name == "weight" and self._tied is not None:
                 own = self._tied[slot]
+            elif name == "weight" and self._is_packed and not self._keeps_plain:
+                # It is gone when it is packed.
+                own = weight.lend(self._dtype) if isinstance(weight, StoredTensor) else weight
             else:
                 own = weight.read(self._dtype) if isinstance(weight, StoredTensor) else weight.clone()
             setattr(layer, name, nn.Parameter(own, requires_grad=False))
@@ -267,7 +308,17 @@ def rows_of_layer(is_head: bool) -> RowGroups:
 
 
 def _stack(weight: Tensor, num_slots: int) -> nn.Parameter:
-    return nn.Parameter(weight.new_zeros(num_slots, *weight.shape), requires_grad=False)
+    return nn.Parameter(_zeros(weight, (num_slots, *weight.shape)), requires_grad=False)
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Zeros; on CPU, memory that is not taken from the system before somebody writes to it."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    num_bytes = prod(shape) * like.dtype.itemsize
+    room = torch.from_numpy(np.zeros(num_bytes + _ALIGNMENT, np.uint8))
+    start = -room.data_ptr() % _ALIGNMENT
+    return room[start : start + num_bytes].view(like.dtype).view(shape)
 
 
 class _Leaf:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ram_core.errors import CheckpointError
 from ram_core.models.weight_files import TensorHeader, read_header_of, weight_files
@@ -84,6 +84,12 @@ class StoredTensor:
         self.copy_to(target)
         return target
 
+    def lend(self, dtype: torch.dtype) -> Tensor:
+        """The tensor on the host, until the next one is lent; raises as `copy_to`."""
+        target = self._pieces.room(self.shape.numel() * dtype.itemsize).view(dtype).view(self.shape)
+        self.copy_to(target)
+        return target
+
     def copy_to(self, target: Tensor) -> None:
         """Fill a contiguous tensor of the same shape; on a device, by its current stream.
 
@@ -126,6 +132,19 @@ def put(target: Tensor, weight: Weight) -> None:
         target.copy_(weight, non_blocking=True)
 
 
+@torch.no_grad()
+def take_from_files(model: nn.Module) -> None:
+    """Copy what of a model's weights lies in a file that is mapped into memory, as transformers leaves them.
+
+    Whoever writes to the file would change them, and whoever cuts it off would end the process.
+    """
+    for weight in itertools.chain(model.parameters(), model.buffers()):
+        # Quantised ones are tensors of their own kinds, made in memory.
+        is_plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
+        if is_plain and weight.untyped_storage().filename is not None:
+            weight.data = weight.detach().clone()
+
+
 def is_finite(part: Tensor) -> bool:
     """Whether all numbers of a tensor are finite; makes no tensor of its size if they are."""
     total = part.sum(dtype=torch.float64 if part.dtype == torch.float64 else torch.float32)
@@ -133,12 +152,22 @@ def is_finite(part: Tensor) -> bool:
 
 
 class _Pieces:
-    """Two buffers on the host: one is filled while the device still copies from the other."""
+    """Memory on the host that is filled again and again, several times as fast as new memory.
+
+    Of two buffers, one is filled while the device still copies from the other; the third is lent.
+    """
 
     def __init__(self) -> None:
         self._buffers: list[Tensor] = []
         self._turns = itertools.cycle(range(2))
         self._sent: list[torch.cuda.Event | None] = [None, None]
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    def room(self, num_bytes: int) -> Tensor:
+        """Memory for so many bytes, the same as the last time if it is enough."""
+        if len(self._room) < num_bytes:
+            self._room = torch.empty(num_bytes, dtype=torch.uint8)
+        return self._room[:num_bytes]
 
     def send(self, target: Tensor, dtype: torch.dtype, fill: Callable[[Tensor], None]) -> None:
         """Have numbers of `dtype` filled in, and copied to `target`, of another dtype or elsewhere."""
