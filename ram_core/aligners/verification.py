@@ -48,6 +48,7 @@ def verify(
     proposal: PreTrainedTokenizerBase | None = None,
     num_proposal_rows: int = 0,
     on_progress: OnProgress | None = None,
+    with_hashes: bool = True,
 ) -> VerificationReport:
     """Look at everything that is known without loading the weights; what fails becomes part of the report.
 
@@ -59,11 +60,12 @@ def verify(
         proposal: the tokenizer that it must follow; None leaves that open.
         num_proposal_rows: how many logits a token has in the proposal; 0 takes its tokenizer's size.
         on_progress: told how far the hashing of the files is.
+        with_hashes: False leaves `compare_hashes` to the caller, who may do something else meanwhile.
     """
     verifier = _Verifier(directory, root, on_progress)
     verifier.look_at_files(default)
     if verifier.snapshot is not None and verifier.manifest is not None:
-        verifier.compare_hashes(verifier.manifest, verifier.snapshot)
+        verifier.look_at_hashes(verifier.manifest, verifier.snapshot, with_hashes=with_hashes)
         for part in verifier.manifest.parts:
             verifier.look_at_model(part)
         verifier.look_at_vocabulary(verifier.manifest, proposal, num_proposal_rows)
@@ -127,19 +129,19 @@ class _Verifier:
         hashes = hash_files(list_files(self.directory, self.root), self.on_progress)
         return default_manifest(self.directory.resolve().name, content_version(hashes))
 
-    def compare_hashes(self, manifest: Manifest, snapshot: Snapshot) -> None:
-        """Compare every file with what the manifest says of it."""
+    def look_at_hashes(self, manifest: Manifest, snapshot: Snapshot, *, with_hashes: bool) -> None:
+        """Compare every file with what the manifest says of it, or at least its size."""
         if not manifest.files:
             self.log.skip("hashes", "no manifest lists files")
             return
-        with self.log.check("hashes", f"{len(manifest.files)} files are what the manifest says"):
+        with self.log.check("hashes", f"{len(manifest.files)} files are what the manifest says") as words:
             present = {path: state.num_bytes for path, state in snapshot.files.items()}
             present.pop(MANIFEST_FILE, None)
             _require_listed(manifest, present)
-            found = hash_files(list_files(self.directory, self.root), self.on_progress)
-            wrong = [path for path, record in manifest.files.items() if found.get(path) != record.sha256]
-            if wrong:
-                raise CheckpointError(f"`{wrong[0]}` is not what the manifest's SHA-256 says{_more(wrong)}")
+            if with_hashes:
+                compare_hashes(manifest, list_files(self.directory, self.root), self.on_progress)
+            else:
+                words.append(f"{len(manifest.files)} files have the manifest's sizes")
 
     def look_at_model(self, name: str) -> None:
         """Config, weights and tokenizer of one directory with a model."""
@@ -226,6 +228,20 @@ class _Verifier:
                 for part, config in self.configs.items()
             }
             shared_vocabulary_size(proposal, num_rows or vocabulary_size(proposal), rows)
+
+
+def compare_hashes(
+    manifest: Manifest, files: Mapping[str, Path], on_progress: OnProgress | None = None
+) -> None:
+    """Read all files, as `list_files` has them, and compare their hashes with the manifest's.
+
+    Raises:
+        CheckpointError: a file cannot be read, or is not what the manifest's SHA-256 says.
+    """
+    found = hash_files(files, on_progress)
+    wrong = [path for path, record in manifest.files.items() if found.get(path) != record.sha256]
+    if wrong:
+        raise CheckpointError(f"`{wrong[0]}` is not what the manifest's SHA-256 says{_more(wrong)}")
 
 
 def _require_listed(manifest: Manifest, present: Mapping[str, int]) -> None:

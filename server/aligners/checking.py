@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ram_core.aligners.files import Snapshot
+from ram_core.aligners.files import Snapshot, list_files, take_snapshot
 from ram_core.aligners.sizes import WeightCount, count_weights
 from ram_core.aligners.states import VersionKey
 from ram_core.errors import CheckpointError
@@ -16,7 +18,7 @@ from server.aligners.known import KnownVersion
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OnFraction = Callable[[float], None]
+_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,15 @@ class Sound:
     weights: WeightCount
 
 
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A version that was looked at, and what comes of its hashes."""
+
+    known: KnownVersion
+    sound: Sound
+    hashes: Future[None]
+
+
 class Checker:
     """Verifies versions against one proposal. What has not changed since is not read again."""
 
@@ -34,15 +45,18 @@ class Checker:
         """`num_proposal_rows` is how many logits a token has in the proposal."""
         self._tokenizer = tokenizer
         self._num_rows = num_proposal_rows
-        self._sound: dict[VersionKey, tuple[KnownVersion, Sound]] = {}
+        self._checked: dict[VersionKey, _Checked] = {}
+        self._doubtful: set[VersionKey] = set()
         self._closing = threading.Event()
 
     def close(self) -> None:
         """End what is being verified: it fails soon."""
         self._closing.set()
 
-    def check(self, known: KnownVersion, on_fraction: OnFraction = lambda _: None) -> Sound:
-        """Verify a version; told how far the reading is, in hundredths.
+    def check(self, known: KnownVersion) -> Sound:
+        """Verify all of a version but its hashes, which go on being compared when this is done.
+
+        So it may be loaded meanwhile; it must not be served before `require_unchanged` has said yes.
 
         Raises:
             CheckpointError: it cannot be served.
@@ -52,53 +66,93 @@ class Checker:
 
         if (before := self._found_sound(known)) is not None:
             return before
-        told = -1
-
-        def on_progress(num_done: int, num_total: int) -> None:
-            nonlocal told
-            if self._closing.is_set():
-                raise CheckpointError("the server is ending")
-            hundredths = num_done * 100 // max(num_total, 1)
-            if hundredths > told:
-                told = hundredths
-                on_fraction(hundredths / 100)
-
+        self._doubtful.add(known.key)
+        # Before anything is read, so that what changes from now on is found in the end.
+        snapshot = take_snapshot(known.directory, known.root)
+        hashes = self._begin_hashing(known)
         report = verify(
             known.directory,
             root=known.root,
             default=known.manifest,
             proposal=self._tokenizer,
             num_proposal_rows=self._num_rows,
-            on_progress=on_progress,
+            with_hashes=False,
         )
         report.require_sound()
-        if report.manifest != known.manifest or report.snapshot is None:
+        if report.manifest != known.manifest:
             raise CheckpointError(f"`{known.directory}`: its manifest has changed since it was found")
-        sound = Sound(report.snapshot, count_weights(known.directory, known.manifest))
-        self._sound[known.key] = known, sound
+        sound = Sound(snapshot, count_weights(known.directory, known.manifest))
+        self._checked[known.key] = _Checked(known, sound, hashes)
         return sound
 
     def require_unchanged(self, known: KnownVersion) -> None:
-        """Raise `CheckpointError` unless the files are those that were verified."""
-        before, sound = self._sound[known.key]
-        if before is not known:
+        """Return when all hashes are right and the files are still those that were verified.
+
+        Raises:
+            CheckpointError: they are not.
+        """
+        checked = self._checked[known.key]
+        if checked.known is not known:
             raise CheckpointError(f"`{known.directory}`: its files changed after it was verified")
-        sound.snapshot.require_unchanged()
+        checked.hashes.result()
+        checked.sound.snapshot.require_unchanged()
+        self._doubtful.discard(known.key)
+
+    def is_doubtful(self, known: KnownVersion) -> bool:
+        """Whether a version failed, is still being verified, or has changed since; waits for nothing."""
+        if known.key in self._doubtful:
+            return True
+        try:
+            if known.key in self._checked:
+                self.require_unchanged(known)
+        except CheckpointError:
+            return True
+        return False
 
     def sound_of(self, key: VersionKey) -> Sound | None:
         """What was found when the version was verified last; None if it never was."""
-        return self._sound[key][1] if key in self._sound else None
+        return self._checked[key].sound if key in self._checked else None
 
     def forget(self, key: VersionKey) -> None:
         """A version is not known any more."""
-        self._sound.pop(key, None)
+        self._checked.pop(key, None)
+        self._doubtful.discard(key)
 
     def _found_sound(self, known: KnownVersion) -> Sound | None:
         """What was found before, if nothing has changed since."""
         try:
-            if known.key in self._sound:
+            if known.key in self._checked:
                 self.require_unchanged(known)
-                return self._sound[known.key][1]
+                return self._checked[known.key].sound
         except CheckpointError:
             self.forget(known.key)
         return None
+
+    def _begin_hashing(self, known: KnownVersion) -> Future[None]:
+        """Compare all hashes in a thread of its own, which takes little from the steps."""
+        hashes: Future[None] = Future()
+        if not known.manifest.files:
+            hashes.set_result(None)
+            return hashes
+
+        def work() -> None:
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            try:
+                self._compare_hashes(known)
+            except Exception as error:
+                hashes.set_exception(error)
+            else:
+                hashes.set_result(None)
+
+        threading.Thread(target=work, name="ram-hashes", daemon=True).start()
+        return hashes
+
+    def _compare_hashes(self, known: KnownVersion) -> None:
+        from ram_core.aligners.verification import compare_hashes
+
+        def on_progress(num_done: int, num_total: int) -> None:
+            if self._closing.is_set():
+                raise CheckpointError("the server is ending")
+
+        compare_hashes(known.manifest, list_files(known.directory, known.root), on_progress)

@@ -177,13 +177,8 @@ class Executor:
         task.add_done_callback(self._tasks.discard)
 
     async def _verify(self, key: VersionKey, known: KnownVersion) -> None:
-        loop = asyncio.get_running_loop()
-
-        def on_fraction(fraction: float) -> None:
-            loop.call_soon_threadsafe(self._progress, key, fraction)
-
         try:
-            sound = await asyncio.to_thread(self._checker.check, known, on_fraction)
+            sound = await asyncio.to_thread(self._checker.check, known)
             if self._versions.get(key) is not known:
                 raise CheckpointError("its files changed while they were verified")
         except Exception as error:
@@ -258,8 +253,8 @@ class Executor:
         for aligner, num_bytes in news.aligners:
             there[key_of(aligner)] += num_bytes
         failed = {key_of(aligner): reason for aligner, reason in news.failed} | dict(self._unsound)
-        for key in [key for key in there if key in self._unsound or not self._registry.can_adopt(key)]:
-            # Removed while the engine was away, or never fit to be served.
+        for key in [key for key in there if not self._can_adopt(key)]:
+            # Removed while the engine was away, or not known to be fit to be served.
             del there[key]
             self._engine.free_aligner(str(key))
         for key in there:
@@ -268,6 +263,12 @@ class Executor:
             logger.warning("`%s` is not served: %s.", key, reason)
         self._unsound = {}
         self._registry_says(self._registry.began(news.memory_bytes, there, failed, news.device))
+
+    def _can_adopt(self, key: VersionKey) -> bool:
+        """Whether what an engine began with may be served: it read the files by itself."""
+        if key in self._unsound or not self._registry.can_adopt(key):
+            return False
+        return not self._checker.is_doubtful(self._versions[key])
 
     async def _accept(self, key: VersionKey, num_bytes: int, device: str) -> None:
         """The engine has it; but was it what had been verified?"""

@@ -89,6 +89,7 @@ def check_inventory(inventory: Inventory, checker: Checker) -> Inventory:
     for known in inventory.loaded:
         try:
             checker.check(known)
+            checker.require_unchanged(known)
         except CheckpointError as error:
             if known.origin is Origin.SETTINGS:
                 raise
