@@ -30,6 +30,7 @@ from ram_core.models.lora_stack import linear_shapes
 from ram_core.models.vocabulary import (
     check_same_vocabulary,
     fingerprint,
+    is_same_tokenizer,
     load_tokenizer,
     shared_vocabulary_size,
     vocabulary_size,
@@ -46,6 +47,7 @@ def verify(
     root: Path | None = None,
     default: Manifest | None = None,
     proposal: PreTrainedTokenizerBase | None = None,
+    proposal_fingerprint: str = "",
     num_proposal_rows: int = 0,
     on_progress: OnProgress | None = None,
     with_hashes: bool = True,
@@ -58,18 +60,34 @@ def verify(
             links stay inside, and the base may be anywhere.
         default: what holds if it has no manifest; None takes its name and a hash of all its files.
         proposal: the tokenizer that it must follow; None leaves that open.
+        proposal_fingerprint: of that tokenizer, for callers who know it.
         num_proposal_rows: how many logits a token has in the proposal; 0 takes its tokenizer's size.
         on_progress: told how far the hashing of the files is.
         with_hashes: False leaves `compare_hashes` to the caller, who may do something else meanwhile.
     """
-    verifier = _Verifier(directory, root, on_progress)
+    own = proposal and _Proposal(proposal, proposal_fingerprint or fingerprint(proposal), num_proposal_rows)
+    verifier = _Verifier(directory, root, own, on_progress)
     verifier.look_at_files(default)
     if verifier.snapshot is not None and verifier.manifest is not None:
         verifier.look_at_hashes(verifier.manifest, verifier.snapshot, with_hashes=with_hashes)
         for part in verifier.manifest.parts:
             verifier.look_at_model(part)
-        verifier.look_at_vocabulary(verifier.manifest, proposal, num_proposal_rows)
+        verifier.look_at_vocabulary(verifier.manifest)
     return verifier.report()
+
+
+@dataclass(frozen=True, slots=True)
+class _Proposal:
+    """What an aligner must follow; `num_rows` are its logits of a token, 0 if only its tokenizer is known."""
+
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    num_rows: int
+
+    def has_files_of(self, source: str) -> bool:
+        """Whether its tokenizer was read from the same bytes, so that nothing needs to be compared."""
+        place = self.tokenizer.name_or_path
+        return bool(place) and Path(place).is_dir() and is_same_tokenizer(place, source)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +102,16 @@ class _Part:
 class _Verifier:
     """The state of one verification."""
 
-    def __init__(self, directory: Path, root: Path | None, on_progress: OnProgress | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        root: Path | None,
+        proposal: _Proposal | None,
+        on_progress: OnProgress | None,
+    ) -> None:
         self.directory = directory
         self.root = root
+        self.proposal = proposal
         self.on_progress = on_progress
         self.log = CheckLog()
         self.snapshot: Snapshot | None = None
@@ -200,17 +225,19 @@ class _Verifier:
         source = str(part.directory) if part.adapter is None else part.adapter.tokenizer_source
         if not Path(source).expanduser().is_dir():
             return
-        tokenizer = self.tokenizers[name] = load_tokenizer(source)
-        own = fingerprint(tokenizer)
+        if self.proposal is not None and self.proposal.has_files_of(source):
+            tokenizer, own = self.proposal.tokenizer, self.proposal.fingerprint
+        else:
+            tokenizer = self.tokenizers[name] = load_tokenizer(source)
+            own = fingerprint(tokenizer)
         words.append(f"{vocabulary_size(tokenizer):,} tokens, fingerprint {own[:12]}")
         if self.fingerprint and own != self.fingerprint:
             raise VocabularyMismatch(f"`{name}` has another tokenizer than the aligner's other models")
         self.fingerprint = own
 
-    def look_at_vocabulary(
-        self, manifest: Manifest, proposal: PreTrainedTokenizerBase | None, num_rows: int
-    ) -> None:
+    def look_at_vocabulary(self, manifest: Manifest) -> None:
         """The manifest's fingerprint, the aligner's own tokenizers and the proposal's must be one."""
+        proposal = self.proposal
         if proposal is None and not (manifest.tokenizer and self.fingerprint):
             self.log.skip("vocabulary", "nothing to compare it with")
             return
@@ -219,15 +246,16 @@ class _Verifier:
                 raise VocabularyMismatch("its tokenizer is not the one whose fingerprint the manifest gives")
             if proposal is None:
                 return
-            if manifest.tokenizer not in ("", fingerprint(proposal)):
+            if manifest.tokenizer not in ("", proposal.fingerprint):
                 raise VocabularyMismatch("the manifest is for a proposal with another tokenizer")
             for tokenizer in self.tokenizers.values():
-                check_same_vocabulary(proposal, tokenizer, aligner_name=manifest.name)
+                check_same_vocabulary(proposal.tokenizer, tokenizer, aligner_name=manifest.name)
             rows = {
                 f"{manifest.name} {part}".removesuffix(" ."): config.get_text_config().vocab_size
                 for part, config in self.configs.items()
             }
-            shared_vocabulary_size(proposal, num_rows or vocabulary_size(proposal), rows)
+            num_rows = proposal.num_rows or vocabulary_size(proposal.tokenizer)
+            shared_vocabulary_size(proposal.tokenizer, num_rows, rows)
 
 
 def compare_hashes(

@@ -22,8 +22,8 @@ class PagedModel:
     """Wraps a model loaded with `attn_implementation=ATTENTION_NAME`, and lays its weights out for inference.
 
     `attention` is one of `ATTENTION_KINDS`. `weight_bytes` are the bytes of all weights as they are stored in
-    this process, tied ones once. With `skeleton`, the same model without weights, nothing is laid out, as all
-    weights are to be replaced.
+    this process, tied ones once. A model whose `geometry` is known is neither looked through nor laid out: all
+    its weights are to be replaced.
 
     Raises:
         CheckpointError: a layer of the model does not go through the attention interface.
@@ -35,7 +35,7 @@ class PagedModel:
         *,
         name: str,
         attention: str = "auto",
-        skeleton: PagedModel | None = None,
+        geometry: KvGeometry | None = None,
     ) -> None:
         self.model = model
         self.name = name
@@ -43,12 +43,10 @@ class PagedModel:
         self.device = model.device
         self.weight_bytes = weight_bytes(model)
         choose_experts(model)
-        if skeleton is not None:
-            self.geometry = skeleton.geometry
-            return
-        pack_linears(model)
-        take_from_files(model)
-        self.geometry = self._learn_geometry()
+        if geometry is None:
+            pack_linears(model)
+            take_from_files(model)
+        self.geometry = geometry or self._learn_geometry()
 
     @torch.inference_mode()
     def forward(self, batch: PackedBatch, pool: KvPool) -> Float[Tensor, "logit padded_vocab"]:

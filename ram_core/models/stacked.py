@@ -35,17 +35,17 @@ _ALIGNMENT = 64
 class StackedModel(ModelStack):
     """`num_slots` models of the architecture of `paged`, whose leaves this replaces; all slots begin empty.
 
-    With `skeleton`, the same model without weights, those of `paged` are not looked at.
+    With `axes`, as `trailing_axes` says them of the same model without weights, it is not run to know.
 
     Raises:
         CheckpointError: the architecture has weights outside the leaves that can be replaced; nothing was.
     """
 
-    def __init__(self, paged: PagedModel, num_slots: int, skeleton: PagedModel | None = None) -> None:
+    def __init__(self, paged: PagedModel, num_slots: int, axes: Mapping[str, int] | None = None) -> None:
         if reason := unstackable_reason(paged.model):
             raise CheckpointError(f"`{paged.name}` shares no module with others: {reason}")
         self._shapes, self._tied = _shapes(paged.model), _tied(paged.model)
-        twins = _replace_leaves(paged.model, num_slots, _trailing_axes(skeleton or paged))
+        twins = _replace_leaves(paged.model, num_slots, axes or trailing_axes(paged))
         super().__init__(paged, num_slots, twins, slot_bytes=paged.weight_bytes)
 
     def weights_in(self, stored: StoredWeights) -> dict[str, StoredTensor] | None:
@@ -150,8 +150,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def _trailing_axes(paged: PagedModel) -> dict[str, int]:
-    """How many axes each norm's input has after that of the tokens: what differs with their number."""
+def trailing_axes(paged: PagedModel) -> dict[str, int]:
+    """How many axes each norm's input has after that of the tokens: what differs with their number.
+
+    Raises:
+        CheckpointError: a norm does not see every token once.
+    """
     norms = {name: module for name, module in paged.model.named_modules() if _is_norm(module)}
     seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in norms}
 

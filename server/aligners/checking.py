@@ -45,6 +45,7 @@ class Checker:
         """`num_proposal_rows` is how many logits a token has in the proposal."""
         self._tokenizer = tokenizer
         self._num_rows = num_proposal_rows
+        self._known_fingerprint = ""
         self._checked: dict[VersionKey, _Checked] = {}
         self._doubtful: set[VersionKey] = set()
         self._closing = threading.Event()
@@ -75,6 +76,7 @@ class Checker:
             root=known.root,
             default=known.manifest,
             proposal=self._tokenizer,
+            proposal_fingerprint=self._fingerprint(),
             num_proposal_rows=self._num_rows,
             with_hashes=False,
         )
@@ -117,6 +119,14 @@ class Checker:
         """A version is not known any more."""
         self._checked.pop(key, None)
         self._doubtful.discard(key)
+
+    def _fingerprint(self) -> str:
+        """The proposal's, made once."""
+        from ram_core.models.vocabulary import fingerprint
+
+        if not self._known_fingerprint:
+            self._known_fingerprint = fingerprint(self._tokenizer)
+        return self._known_fingerprint
 
     def _found_sound(self, known: KnownVersion) -> Sound | None:
         """What was found before, if nothing has changed since."""
