@@ -71,21 +71,21 @@ def resolve_below(directory: Path, relative: str) -> Path:
 
 
 def sha256_of(path: Path, on_bytes: OnBytes | None = None) -> str:
-    """A file's SHA-256 in hexadecimal, read piece by piece; one that was read before and is the same is not."""
+    """A file's SHA-256 in hexadecimal, read piece by piece, or known if it has not changed since."""
     with path.open("rb", buffering=0) as file:
         before = _state_of(os.fstat(file.fileno()))
         if (known := _hashes.get(before)) is not None:
             if on_bytes is not None:
                 on_bytes(before.num_bytes)
             return known
+        # The clock of files is coarse: a second write in one of its ticks would leave no trace.
+        is_settled = time.time_ns() - before.ctime_ns > _TICK_NS
         digest, room = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
         while num_bytes := file.readinto(room):
             digest.update(room[:num_bytes])
             if on_bytes is not None:
                 on_bytes(num_bytes)
-        # The clock of files is coarse: a second write in one of its ticks would leave no trace.
-        is_old = time.time_ns() - before.ctime_ns > _TICK_NS
-        if is_old and _state_of(os.fstat(file.fileno())) == before:
+        if is_settled and _state_of(os.fstat(file.fileno())) == before:
             while len(_hashes) >= _MAX_HASHES:
                 _hashes.pop(next(iter(_hashes)), None)
             _hashes[before] = digest.hexdigest()
@@ -137,7 +137,7 @@ class FileState:
     inode: int
 
 
-# Of files as they were, the oldest first. An entry says no more than what a second reading would.
+# Of files as they were, the oldest first.
 _hashes: dict[FileState, str] = {}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,10 +20,11 @@ from ram_core.engine.room import expected_bytes, is_out_of_memory, without_weigh
 from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.conformance import check_conformance, chunked_logits, far_off, plain_logits
-from ram_core.models.kv import KvGeometry, KvPool
+from ram_core.models.kv import KvPool
 from ram_core.models.loading import context_limit, load_config, load_model, unsupported_reason
 from ram_core.models.lora import MAX_RANK, LoraConfig, LoraLayer, is_adapter, load_lora, read_lora_config
 from ram_core.models.lora_stack import LoraStack, linear_shapes
+from ram_core.models.outline import Outline, buffers_of, make_shell, outline_of
 from ram_core.models.packing import PackedBatch
 from ram_core.models.paged import PagedModel
 from ram_core.models.source import resolve_source
@@ -32,7 +32,6 @@ from ram_core.models.stacked import (
     StackedModel,
     fits_as_stored,
     plain_weights,
-    trailing_axes,
     unstackable_reason,
 )
 from ram_core.models.stored import StoredWeights, Weight
@@ -86,6 +85,18 @@ class Terms:
             trust_remote_code=self.config.trust_remote_code,
         )
 
+    def make_shell(self, config: PretrainedConfig, outline: Outline) -> PreTrainedModel | None:
+        """A model of an architecture that was loaded before, without reading its files; None if none was."""
+        if outline.buffers is None:
+            return None
+        return make_shell(
+            config,
+            outline.buffers,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+
     def check(self, name: str, config: PretrainedConfig, tokenizer_source: str) -> None:
         """Refuse a model that cannot follow the proposal, or not as far as requests go.
 
@@ -128,15 +139,6 @@ def load_supported_config(name: str, source: str, config: EngineConfig) -> Pretr
     return loaded
 
 
-@dataclass(frozen=True, slots=True)
-class _Outline:
-    """What is known of a model without its weights; no `axes` if it cannot share a module."""
-
-    num_bytes: int
-    geometry: KvGeometry
-    axes: dict[str, int]
-
-
 class Newcomers:
     """Brings aligners' models into memory, for the groups and pools of a bank that others use meanwhile."""
 
@@ -147,7 +149,7 @@ class Newcomers:
         self._groups = groups
         self._pools = pools
         # Of architectures that say the same in a shared module, over pages, as by themselves.
-        self._conforming: dict[str, _Outline] = {}
+        self._conforming: dict[str, Outline] = {}
 
     def load(self, order: LoadAligner, progress: Callable[[float], None]) -> list[Newcomer]:
         """All parts of an aligner; any thread may call it, but one at a time.
@@ -216,12 +218,13 @@ class Newcomers:
     ) -> Newcomer:
         """A model that shares no module, but with those that come later if slots were asked for."""
         own, kind = self._terms.config, architecture(config)
-        outline = self._conforming.get(kind) or self._outline(name, config)
+        outline = self._conforming.get(kind)
+        outline = outline or outline_of(without_weights(name, config, self._terms.dtype, own))
         check_size(name, outline.num_bytes, max_bytes)
         num_slots = own.aligner_slots if own.aligner_bank else 1
         served: PagedModel | StackedModel | None = None
         if num_slots > 1:
-            served = self._read_stacked(name, source, kind, outline, num_slots, share)
+            served = self._read_stacked(name, source, config, outline, num_slots, share)
             if served is None:
                 served, _ = load_stacked([name], iter([(name, self._terms.load(name, source))]), num_slots)
         served = served or self._terms.load(name, source)
@@ -230,22 +233,29 @@ class Newcomers:
         return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
 
     def _read_stacked(
-        self, name: str, source: str, kind: str, outline: _Outline, num_slots: int, share: _Share
+        self,
+        name: str,
+        source: str,
+        config: PretrainedConfig,
+        outline: Outline,
+        num_slots: int,
+        share: _Share,
     ) -> StackedModel | None:
         """A shared module whose first weights are read straight from the files, and no model built of them.
 
         The first of an architecture is compared with its own plain forward. None if it differs, or cannot be
         had in this way; others may tell why.
         """
-        terms = self._terms
-        # Its weights stay in the files, but for what is looked at.
-        model = terms.load_model(source)
+        terms, kind = self._terms, architecture(config)
+        is_known = kind in self._conforming
+        model = terms.make_shell(config, outline) or terms.load_model(source)
         with StoredWeights(resolve_source(source, with_weights=True), share.read) as stored:
             if not outline.axes or unstackable_reason(model) or not fits_as_stored(model, stored):
                 return None
             share.total = stored.num_bytes
             alone = PagedModel(model, name=name, attention=terms.attention, geometry=outline.geometry)
-            plain = None if kind in self._conforming else plain_logits(alone, terms.vocab_size)
+            plain = None if is_known else plain_logits(alone, terms.vocab_size)
+            buffers = buffers_of(model, terms.dtype)
             stack = StackedModel(alone, num_slots, outline.axes)
             weights = stack.weights_in(stored)
             assert weights is not None, "a stack has the shapes of its model"
@@ -254,15 +264,8 @@ class Newcomers:
         if plain is not None:
             if not self._says(plain, stack):
                 return None
-            self._conforming[kind] = outline
+            self._conforming[kind] = replace(outline, buffers=buffers)
         return stack
-
-    def _outline(self, name: str, config: PretrainedConfig) -> _Outline:
-        skeleton = without_weights(name, config, self._terms.dtype, self._terms.config)
-        axes: dict[str, int] = {}
-        with suppress(CheckpointError):
-            axes = trailing_axes(skeleton)
-        return _Outline(skeleton.weight_bytes, skeleton.geometry, axes)
 
     def _says(self, plain: Tensor, stack: StackedModel) -> bool:
         """Whether the model in a stack's first slot gives these logits over pages, but for rounding."""

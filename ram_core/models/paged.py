@@ -22,8 +22,8 @@ class PagedModel:
     """Wraps a model loaded with `attn_implementation=ATTENTION_NAME`, and lays its weights out for inference.
 
     `attention` is one of `ATTENTION_KINDS`. `weight_bytes` are the bytes of all weights as they are stored in
-    this process, tied ones once. A model whose `geometry` is known is neither looked through nor laid out: all
-    its weights are to be replaced.
+    this process, tied ones once. A model whose `geometry` is given is neither looked at nor laid out: all its
+    weights are to be replaced.
 
     Raises:
         CheckpointError: a layer of the model does not go through the attention interface.

@@ -141,7 +141,8 @@ def take_from_files(model: nn.Module) -> None:
     for weight in itertools.chain(model.parameters(), model.buffers()):
         # Quantised ones are tensors of their own kinds, made in memory.
         is_plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu"
-        if is_plain and weight.untyped_storage().filename is not None:
+        # What PyTorch has not allocated by itself, it cannot resize.
+        if is_plain and not weight.untyped_storage().resizable():
             weight.data = weight.detach().clone()
 
 

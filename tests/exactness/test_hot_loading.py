@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ram_core.engine import newcomers
 from ram_core.engine.aligner_groups import AlignerGroup
@@ -36,9 +37,13 @@ from ram_core.engine.messages import (
     Request,
     TokenEvent,
 )
+from ram_core.engine.room import without_weights
 from ram_core.errors import AlignerUnavailable, CheckpointError
 from ram_core.models import packed_linear, stored
+from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.kv import KvPool
+from ram_core.models.loading import load_model
+from ram_core.models.outline import buffers_of, make_shell, outline_of
 from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.paged import PagedModel
 from ram_core.models.stacked import StackedModel, plain_weights
@@ -179,6 +184,77 @@ def test_what_is_read_straight_into_a_slot_is_what_transformers_would_load(
         )
 
     assert torch.equal(logits(0), logits(1))
+
+
+@pytest.mark.parametrize("family", STACKED_FAMILIES)
+@pytest.mark.parametrize("machine", ["Intel", "other"])
+def test_the_second_of_an_architecture_needs_no_model_to_become_a_stack(
+    tmp_path: Path, family: str, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell with the first one's buffers gives what a loaded model gives, bit by bit."""
+    monkeypatch.setattr(packed_linear, "_is_intel", lambda: machine != "other")
+    paths = [save_any(tmp_path / str(seed), family, seed=seed) for seed in range(2)]
+    first = load_plain(paths[0])
+    buffers = buffers_of(first, torch.float32)
+    assert buffers is not None
+    shell = make_shell(first.config, buffers, device=torch.device("cpu"), dtype=torch.float32)
+    assert shell is not None
+    logits = []
+    for model in (load_plain(paths[1]), shell):
+        outline = outline_of(without_weights("skeleton", first.config, torch.float32, EngineConfig("")))
+        alone = PagedModel(model, name="new", geometry=outline.geometry)
+        stack = StackedModel(alone, 2, outline.axes)
+        with StoredWeights(paths[1]) as files:
+            straight = stack.weights_in(files)
+            assert straight is not None
+            stack.stage(1, straight)
+        forward = stack.forward
+        logits.append(logits_of(lambda b, p, o, f=forward: f(b, p, torch.tensor(o)), alone, [1, 1]))
+    plain = load(paths[1])
+    assert torch.equal(*logits)
+    expected = logits_of(lambda b, p, o: plain.forward(b, p), plain, [0, 0])
+    torch.testing.assert_close(logits[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def load_plain(path: Path) -> PreTrainedModel:
+    return load_model(
+        str(path), device=torch.device("cpu"), dtype=torch.float32, attn_implementation=ATTENTION_NAME
+    )
+
+
+def test_an_architecture_is_compared_with_itself_once(
+    engine: Engine, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next is of it, whatever became of the first: no model is loaded, and it says the same."""
+    second = save_model(tmp_path / "second", "llama", seed=16, **SMALL | {"hidden": 24})
+    assert isinstance(bring(engine, "wide@2", second), AlignerLoaded)
+    before = said(engine, "wide@2")
+    let_go(engine, "wide@2")
+    bring(engine, "wide@1", sources["wide"])
+    let_go(engine, "wide@1")
+    monkeypatch.setattr(newcomers, "load_model", None)
+    assert isinstance(bring(engine, "wide@2", second), AlignerLoaded)
+    assert said(engine, "wide@2") == before
+
+
+def test_nothing_is_served_from_files_that_are_mapped_into_memory(
+    config: EngineConfig, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whoever writes to them would change what is said, and whoever cuts them off would end the process."""
+    path = Path(shutil.copytree(sources["wide"], tmp_path / "wide"))
+    alone = replace(config, aligners=(), aligner_slots=1)
+    for bank in (True, False):
+        engine = Engine.load(replace(alone, aligner_bank=bank))
+        bring(engine, "wide@1", path)
+        before = said(engine, "wide@1")
+        weights = path / "model.safetensors"
+        raw = weights.read_bytes()
+        with weights.open("r+b") as file:
+            file.seek(len(raw) // 2)
+            file.write(bytes(len(raw) - len(raw) // 2))
+        assert said(engine, "wide@1", prompt=2)
+        assert said(engine, "wide@1") == before
+        weights.write_bytes(raw)
 
 
 def test_a_slot_is_filled_without_a_model_beside_it(
