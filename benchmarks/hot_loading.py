@@ -1,9 +1,11 @@
 """Aligners that come while others are used: how soon one answers, and what the others notice of it.
 
 A large aligner is added over HTTP and asked at once: the time to its first token stands beside the time that
-its weights take to be read from the disk, as the system drops them from its memory before each turn. Then
-streams run on one aligner while another is loaded and unloaded without pause: the gaps between their tokens
-stand beside the gaps at rest. Last, a server that knows hundreds of aligners is asked for their names.
+its weights take to be read, from the disk, as the system drops them from its memory before each turn, or from
+the system's memory. It comes with a manifest, whose hashes are compared, or without; the very first of its
+architecture stands by itself. Then streams run on one aligner while another is loaded and unloaded without
+pause: the gaps between their tokens stand beside the gaps at rest. Last, a server that knows hundreds of
+aligners is asked for their names.
 
     python -m benchmarks.hot_loading
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -27,8 +30,15 @@ from benchmarks.common import Benchmark, Options, Pair, checkpoints, percentile,
 from benchmarks.http import Server, serve
 from benchmarks.shapes import PAIRS, Shape, save_checkpoint
 from benchmarks.tables import Cell, Claim, Outcome, Table
+from ram_core.aligners.pack import Wishes, pack
 
 FIRST = "added aligner: first token ÷ reading its weights"
+WAYS = {
+    "packed, from disk": (True, True),
+    "packed, cached": (True, False),
+    "no manifest, from disk": (False, True),
+}
+"""Whether it has a manifest, and whether its files are read from the disk."""
 GAPS = "p99 of gaps while aligners are loaded ÷ at rest"
 NAMES_MS = "names of all known aligners, ms"
 BLOCK = 1 << 24
@@ -44,7 +54,7 @@ def add_options(options: Options) -> None:
     options.add("--prompt", 32, "tokens in each prompt", quick=8)
     options.add("--answer", 128, "tokens of each answer", quick=16)
     options.add("--loads", 100, "aligners that are loaded meanwhile", quick=3)
-    options.add("--rounds", 4, "large aligners that are added", quick=1)
+    options.add("--rounds", 4, "large aligners that are added in each way", quick=1)
     options.add("--known", 500, "aligners that a server knows", quick=5)
 
 
@@ -56,12 +66,10 @@ def run(options: argparse.Namespace) -> Outcome:
         say("hot_loading: a large aligner's weights")
         large = Path(scratch) / "large"
         save_checkpoint(_large(options), large, options.dtype, options.device, seed=7)
-        for turn in range(options.rounds + 1):
-            link(large, root / f".large-{turn}.new")
         # Room for the streams, and for one request to an aligner that has just come.
         room = pair.kv_bytes(options.streams + 1, options.prompt + options.answer, options.dtype)
         with serve(pair, options, room, Path(scratch), aligners_dir=root) as server:
-            firsts = asyncio.run(_add_large(server, root, options))
+            firsts = asyncio.run(_add_large(server, large, root, options))
             gaps = asyncio.run(_load_beside(server, options))
         names_ms = _ask_names(pair, options, room, root, Path(scratch))
     return _outcome(options, firsts, gaps, names_ms)
@@ -83,9 +91,8 @@ def _large(options: argparse.Namespace) -> Shape:
 
 
 def read_s(directory: Path) -> float:
-    """Seconds to read the weights, none of which the system has in memory."""
+    """Seconds to read the weights."""
     room = bytearray(BLOCK)
-    forget(directory)
     began = time.perf_counter()
     for path in directory.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
@@ -103,25 +110,37 @@ def forget(directory: Path) -> None:
         os.close(file)
 
 
-async def _add_large(server: Server, root: Path, options: argparse.Namespace) -> list[tuple[float, float]]:
-    """Of each turn: seconds to read the weights, and from adding an aligner to its first token."""
-    took = []
+async def _add_large(
+    server: Server, large: Path, root: Path, options: argparse.Namespace
+) -> dict[str, list[tuple[float, float]]]:
+    """Of each way's turns: seconds to read the weights, and from adding an aligner to its first token."""
+    ways = ["first of its kind", *WAYS]
+    took: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     async with aiohttp.ClientSession(server.url, timeout=aiohttp.ClientTimeout(300)) as client:
-        for turn in range(options.rounds + 1):
-            say(f"hot_loading: large aligner {turn} of {options.rounds}")
+        # The first turn of each way warms up, but for the first of all.
+        turns = [ways[0], *(way for way in WAYS for _ in range(options.rounds + 1))]
+        for turn, way in enumerate(turns):
+            say(f"hot_loading: large aligner {turn + 1} of {len(turns)}")
+            has_manifest, is_cold = WAYS.get(way, (True, True))
             hidden, name = root / f".large-{turn}.new", f"large-{turn}"
+            link(large, hidden)
+            if has_manifest:
+                pack(hidden, Wishes(name=name, version="1"))
+            if is_cold:
+                forget(hidden)
             reading_s = read_s(hidden)
-            forget(hidden)
+            if is_cold:
+                forget(hidden)
             path = hidden.rename(root / name)
             began = time.perf_counter()
             await _post(client, "/v1/aligners", {"name": name, "path": path.name, "load": True})
             [prompt] = random_prompts(options, 1, options.prompt, seed=turn)
             [first] = [now async for now in _tokens(client, name, prompt, 1)]
-            took.append((reading_s, first - began))
+            took[way].append((reading_s, first - began))
             async with client.delete(f"/v1/aligners/{name}", params={"wait": 60}) as answer:
                 answer.raise_for_status()
-    # The first turn warms up.
-    return took[1:]
+            shutil.rmtree(path)
+    return {way: found if way == ways[0] else found[1:] for way, found in took.items()}
 
 
 async def _load_beside(server: Server, options: argparse.Namespace) -> dict[str, list[float]]:
@@ -205,12 +224,15 @@ async def _list_names(server: Server, num_known: int) -> list[float]:
 
 def _outcome(
     options: argparse.Namespace,
-    firsts: list[tuple[float, float]],
+    firsts: dict[str, list[tuple[float, float]]],
     gaps: dict[str, list[float]],
     names_ms: list[float],
 ) -> Outcome:
-    reading_s, first_s = (statistics.median(column) for column in zip(*firsts, strict=True))
-    added: list[list[Cell]] = [[reading_s * 1e3, first_s * 1e3, first_s / reading_s]]
+    added: list[list[Cell]] = []
+    for way, found in firsts.items():
+        reading_s, first_s = (statistics.median(column) for column in zip(*found, strict=True))
+        added.append([way, reading_s * 1e3, first_s * 1e3, first_s / reading_s])
+    ratio = next(float(str(row[-1])) for row in added if row[0] == next(iter(WAYS)))
     beside: list[list[Cell]] = [
         [phase, len(found), *(percentile(found, share) * 1e3 for share in (0.5, 0.99)), max(found) * 1e3]
         for phase, found in gaps.items()
@@ -218,13 +240,17 @@ def _outcome(
     names: list[list[Cell]] = [[options.known, *(percentile(names_ms, share) for share in (0.5, 0.99))]]
     title = f"Gaps between tokens of {options.streams} streams, {options.loads} loads"
     tables = [
-        Table("A large aligner, added and asked at once", ["reading, ms", "first token, ms", "ratio"], added),
+        Table(
+            "A large aligner, added and asked at once",
+            ["way", "reading, ms", "first token, ms", "ratio"],
+            added,
+        ),
         Table(title, ["phase", "gaps", "p50, ms", "p99, ms", "longest, ms"], beside),
         Table("GET /v1/models", ["aligners", "p50, ms", "p99, ms"], names),
     ]
     p99 = {phase: percentile(found, 0.99) for phase, found in gaps.items()}
     figures = {
-        FIRST: first_s / reading_s,
+        FIRST: ratio,
         GAPS: p99["while loading"] / p99["at rest"],
         NAMES_MS: percentile(names_ms, 0.5),
     }

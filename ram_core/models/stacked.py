@@ -196,14 +196,11 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
         if is_linear(module):
             is_kept = type(module) is nn.Linear or module.keeps_plain
             tied = embeddings.get(module.weight.data_ptr()) if is_kept else None
-            is_head = module is head_of(model)
             # What is packed lies on CPU, and has no weight to look at without a copy.
-            if isinstance(module, PackedLinear) or module.weight.device.type == "cpu":
-                twins[name] = SlotLinear(
-                    module, num_slots, is_head=is_head, tied=tied, keeps_plain=keeps_plain
-                )
-            else:
-                twins[name] = StackedLinear(module, num_slots, is_head=is_head, tied=tied)
+            is_on_cpu = isinstance(module, PackedLinear) or module.weight.device.type == "cpu"
+            kind = SlotLinear if is_on_cpu else StackedLinear
+            is_head = module is head_of(model)
+            twins[name] = kind(module, num_slots, is_head=is_head, tied=tied, keeps_plain=keeps_plain)
         elif name not in twins and list(module.parameters(recurse=False)):
             twins[name] = _Leaf(module, num_slots, trailing_axes[name])
     for name, twin in twins.items():
@@ -279,9 +276,11 @@ class SlotLinear(nn.Module):
 
 
 class StackedLinear(nn.Module):
-    """Linear layers as one tensor, on a device."""
+    """Linear layers as one tensor, on a device, where none is packed."""
 
-    def __init__(self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None) -> None:
+    def __init__(
+        self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None, keeps_plain: bool
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._is_head, self._is_tied = is_head, tied is not None
