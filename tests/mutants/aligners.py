@@ -219,13 +219,13 @@ ALIGNER_MUTANTS = [
         ("            check_lora(part.adapter", "            (part.adapter"),
         ("            read_header(part.directory / WEIGHTS_FILE)", "            pass"),
         ("if self.fingerprint and manifest.tokenizer not in", "if False and manifest.tokenizer not in"),
-        ('if manifest.tokenizer not in ("", fingerprint(proposal)):', "if False:"),
+        ('if manifest.tokenizer not in ("", proposal.fingerprint):', "if False:"),
         (
             "                check_same_vocabulary(proposal",
             "                _ = (lambda *a, **k: None)(proposal",
         ),
-        ("            shared_vocabulary_size(proposal, num_rows or", "            (proposal, num_rows or"),
-        ("num_rows or vocabulary_size(proposal)", "vocabulary_size(proposal)"),
+        ("            shared_vocabulary_size(proposal", "            (proposal"),
+        ("proposal.num_rows or vocabulary_size", "vocabulary_size"),
     ),
     *mutants(
         "ram_core/aligners/pack.py",

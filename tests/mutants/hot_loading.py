@@ -18,6 +18,7 @@ _DEFAULT = f"{_HOT}::test_steps_do_not_depend_on_the_default_dtype"
 _LOWEST = "lowest = torch.zeros(len(is_covered) + 1, dtype=torch.float32)"
 _BEFORE = f"{_HOT}::test_one_that_is_to_go_before_it_came_goes"
 _RECORDED = f"{_HOT}::test_a_group_that_went_takes_its_recorded_steps_along"
+_MAPPED = f"{_HOT}::test_nothing_is_served_from_files_that_are_mapped_into_memory"
 _CUT_OFF = f"{_HOT}::test_a_file_that_is_cut_off_while_it_is_read_is_an_error_and_no_more"
 _AS_IT_WAS = f"{_HOT}::test_a_load_leaves_the_process_as_it_was"
 
@@ -68,11 +69,12 @@ HOT_LOADING_MUTANTS = [
         "ram_core/engine/aligner_groups.py", _BROKEN, ("self.abandon(slot)\n            raise", "raise")
     ),
     *mutants("ram_core/models/stored.py", _BROKEN, ("        if not is_finite(part):", "        if False:")),
+    *mutants("ram_core/models/stored.py", _MAPPED, ("weight.data = weight.detach().clone()", "pass")),
     *mutants("ram_core/models/stored.py", _CUT_OFF, ("if not count:", "if count < 0:")),
     *mutants(
         "ram_core/models/stored.py", _DTYPES, ("self._start + at * self.dtype.itemsize", "self._start + at")
     ),
-    *mutants("ram_core/models/stacked.py", _STRAIGHT, ("found[self._tied.get(name, name)]", "found[name]")),
+    *mutants("ram_core/models/stacked.py", _STRAIGHT, ("found[tied.get(name, name)]", "found[name]")),
     *mutants(
         "ram_core/resampling/fused.py", _DEFAULT, (_LOWEST, _LOWEST.replace(", dtype=torch.float32", ""))
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ram_core.aligners.manifest import Manifest, Term, write_manifest
+from ram_core.aligners.pack import Wishes, pack
 from ram_core.aligners.sizes import count_weights
 from ram_core.aligners.states import VersionKey
 from ram_core.errors import CheckpointError
@@ -123,6 +124,28 @@ def test_a_version_that_has_not_changed_is_not_read_again(pair, tmp_path, checke
     with pytest.raises(CheckpointError, match="manifest has changed"):
         checker.check(known)
     checker.close()
+
+
+def test_hashes_are_compared_after_the_rest_and_have_the_last_word(pair, tmp_path, checker):
+    """So an aligner may be loaded meanwhile, and must not be served before."""
+    _, model = pair
+    path = put(model, tmp_path / "polite" / "1")
+    pack(path, Wishes(name="polite", version="1"))
+    known = from_settings("polite", str(path))
+    assert not checker.is_doubtful(known)
+    checker.check(known)
+    assert checker.is_doubtful(known)
+    checker.require_unchanged(known)
+    assert not checker.is_doubtful(known)
+    weights = path / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-1] ^= 1
+    weights.write_bytes(raw)
+    assert checker.is_doubtful(known)
+    checker.check(known)
+    with pytest.raises(CheckpointError, match="not what the manifest's SHA-256 says"):
+        checker.require_unchanged(known)
+    assert checker.is_doubtful(known)
 
 
 def test_what_was_counted_of_versions_that_are_gone_is_not_lost():
