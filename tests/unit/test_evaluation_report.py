@@ -13,9 +13,10 @@ from ram_core.aligners.manifest import Manifest
 from ram_core.engine.messages import StepTelemetry
 from ram_core.errors import InvalidRequest
 from ram_core.evaluation.answering import Answers, Bench, Setting
-from ram_core.evaluation.frontier import quality_name, strength_curves, threshold_curves, undominated
+from ram_core.evaluation.frontier import Point, quality_name, strength_curves, threshold_curves, undominated
 from ram_core.evaluation.judges import PythonJudge
 from ram_core.evaluation.plots import write_plots
+from ram_core.evaluation.preferences import Interval
 from ram_core.evaluation.report import EvaluationReport, evaluate, summarise_steps
 from ram_core.evaluation.sweep import Sweep, settings_of
 from ram_core.params import Resampling, SamplingParams
@@ -233,18 +234,13 @@ def test_curves_follow_strength_from_the_proposal_on_and_thresholds_to_no_gate(
     assert gates == {f"polite × {strength}": [2.0, math.inf] for strength in (0, 1, 2)}
 
 
-def test_the_frontier_has_no_point_that_another_one_beats(report: EvaluationReport) -> None:
-    points = [point for curve in strength_curves(report) for point in curve.points]
-    best = undominated(points)
-    assert best
-    for point in points:
-        beats = [
-            other
-            for other in best
-            if other.kl_pi_p <= point.kl_pi_p and other.quality.value >= point.quality.value
-        ]
-        assert beats
-    assert [point.kl_pi_p for point in best] == sorted(point.kl_pi_p for point in best)
+def test_the_frontier_has_no_point_that_another_one_beats() -> None:
+    def point(label: str, kl_pi_p: float, quality: float) -> Point:
+        return Point(label, 1.0, math.inf, kl_pi_p, Interval(quality, quality, quality), 0.0)
+
+    points = [point("dear", 0.9, 0.8), point("best", 0.5, 0.8), point("cheap", 0.1, 0.4)]
+    points += [point("worse", 0.1, 0.3), point("worst", 0.7, 0.2), point("proposal", 0.0, 0.1)]
+    assert [each.label for each in undominated(points)] == ["proposal", "cheap", "best"]
 
 
 def test_without_scores_quality_is_the_win_rate_and_the_proposal_wins_half(bench: Bench) -> None:
