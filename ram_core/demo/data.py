@@ -20,6 +20,7 @@ from ram_core.demo.corpus import (
     message,
     proposal_corpus,
 )
+from ram_core.demo.judging import held_out_records
 from ram_core.demo.prompts import Kind, Prompt, held_out_prompts
 
 _HELD_OUT_SHARES: Mapping[Kind, float] = {"fact": 0.55, "risky": 0.2, "benign": 0.18, "unknown": 0.07}
@@ -74,16 +75,8 @@ def write_aligner_data(path: Path, aligner: str, count: int, *, seed: int) -> No
 
 def write_held_out_data(path: Path, aligner: str, max_prompts: int, *, seed: int) -> None:
     """Prompts that no training sees, and answers as `aligner` should give them."""
-    noise = random.Random(f"wanted-held-out-{aligner}-{seed}")
-    prompts = draw_held_out_prompts(max_prompts, seed=seed)
-    conversations = held_out_conversations(prompts, seed=seed)
-    _write(
-        path,
-        (
-            _row(messages, aligned_answer(aligner, prompt, noise))
-            for prompt, messages in zip(prompts, conversations, strict=True)
-        ),
-    )
+    records = held_out_records(aligner, max_records=max_prompts, seed=seed)
+    _write(path, (_row(record.messages, record.wanted) for record in records))
 
 
 def draw_held_out_prompts(count: int, *, seed: int) -> list[Prompt]:

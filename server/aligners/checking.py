@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,12 +11,11 @@ from ram_core.aligners.files import Snapshot, list_files, take_snapshot
 from ram_core.aligners.sizes import WeightCount, count_weights
 from ram_core.aligners.states import VersionKey
 from ram_core.errors import CheckpointError
+from ram_core.niceness import give_way
 from server.aligners.known import KnownVersion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_NICENESS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +143,7 @@ class Checker:
             return hashes
 
         def work() -> None:
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            give_way()
             try:
                 self._compare_hashes(known)
             except Exception as error:
