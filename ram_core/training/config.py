@@ -12,7 +12,7 @@ import msgspec
 
 from ram_core.aligners.names import require_name, require_version
 from ram_core.models.source import one_line
-from ram_core.params import MAX_STRENGTH, Resampling
+from ram_core.params import MAX_CANDIDATES, MAX_STRENGTH, Resampling
 from ram_core.training.errors import ConfigError
 
 Objective = Literal["sft", "ram", "ram-dpo", "ram-token"]
@@ -186,13 +186,15 @@ class PackageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the packed aligner says of itself.
 
     An empty `name` is that of the run's directory, an empty `version` a hash of the files. `strength` None is
-    the one that it was trained at. A `kl_threshold` (nats) is a gate, None is none.
+    the one that it was trained at. `candidates` None is the server's number of draws in that mode. A
+    `kl_threshold` (nats) is a gate, None is none.
     """
 
     name: str = ""
     version: str = ""
     strength: float | None = None
     resampling: Resampling = Resampling.PRODUCT
+    candidates: int | None = None
     kl_threshold: float | None = None
     license: str = ""
 
@@ -203,6 +205,8 @@ class PackageConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             require_version(self.version)
         if self.strength is not None:
             _require_within("strength", self.strength, -MAX_STRENGTH, MAX_STRENGTH)
+        if self.candidates is not None:
+            _require_within("candidates", self.candidates, 1, MAX_CANDIDATES)
         if self.kl_threshold is not None:
             _require_at_least("kl_threshold", self.kl_threshold, 0)
             if self.kl_threshold == math.inf:

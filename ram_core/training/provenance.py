@@ -35,6 +35,7 @@ def wishes_of(config: TrainConfig, name: str, inputs: Inputs, fitted: Mapping[st
         version=package.version or None,
         strength=trained_at if package.strength is None else package.strength,
         resampling=package.resampling,
+        candidates=package.candidates,
         kl_threshold=math.inf if package.kl_threshold is None else package.kl_threshold,
         license=package.license or None,
         provenance=_provenance(config, inputs, fitted),

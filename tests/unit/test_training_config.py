@@ -43,6 +43,7 @@ def test_no_file_is_needed():
         ("data.max_prompt_tokens=4096", "max_prompt_tokens"),
         ("fit.objective=dpo", "objective"),
         ("synthesize.top_p=2", "top_p"),
+        ("package.candidates=0", "candidates"),
         ("synthesize.top_p=0", "top_p"),
         ("package.name=my one", "name"),
         ("package.version=-", "version"),

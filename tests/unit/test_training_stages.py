@@ -164,10 +164,11 @@ def test_a_named_stage_is_restarted_even_with_the_same_inputs(done, config):
 
 
 def test_an_aligner_is_packed_anew_when_it_is_to_say_something_else(done, config):
-    report = run_stages(config(package__strength=1.5, package__version="2", package__kl_threshold=0.25))
+    wishes = {"strength": 1.5, "version": "2", "kl_threshold": 0.25, "candidates": 7}
+    report = run_stages(config(**{f"package__{name}": value for name, value in wishes.items()}))
     assert outcomes(report) == {"synthesize": "kept", "fit": "kept", "package": "done"}
     manifest = read_manifest(done / "aligner")
-    assert (manifest.version, manifest.strength, manifest.kl_threshold) == ("2", 1.5, 0.25)
+    assert {name: getattr(manifest, name) for name in wishes} == wishes
 
 
 def test_what_somebody_else_made_is_not_touched(config, tmp_path):
