@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -9,13 +10,15 @@ from benchmarks.reproduction.measures import Exam, Figures
 from benchmarks.reproduction.models import ALPHA, ALPHAS, Cost, Models
 from ram_core.evaluation.answering import Bench
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling
+from ram_core.training.errors import RunawayAscentError
 
 CANDIDATES = (5, 10, 20, 50)
 AUTHORS_GATE = 0.1
 GATES = (0.5, 1.0, 2.0)
 FULL_SFT = "full SFT of the proposal"
 ALONE = "proposal alone"
-PLAIN = f"RAM, α = {ALPHA:g}"
+NOTHING = Figures(math.nan, math.nan)
+"""Of a model that there is not."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,10 @@ class Seed:
         proposal: str = "base", **training: object,
     ) -> Line:  # fmt: skip
         if name not in self._benches:
-            model = self.models.aligner(name, proposal=proposal, **training)
+            try:
+                model = self.models.aligner(name, proposal=proposal, **training)
+            except RunawayAscentError:
+                return Line(group, f"{words}: ran away, stopped", NOTHING)
             # One engine at a time is enough.
             self._benches = {name: self.exam.bench(self.models.proposal(proposal), {"aligner": model})}
         alignment = AlignmentParams((AlignerTerm("aligner"),), **(mode or {}))
