@@ -127,6 +127,10 @@ class Models:
         """The model that aligners of a size begin as: it has read the proposal's corpus."""
         if size == "medium" and (self._bundle / "aligner-base").is_dir():
             return self._bundle / "aligner-base"
+        home = self._work / "bases" / size
+        if (home / "warmup" / "summary.json").exists():
+            # To find that out from its inputs, the whole corpus would be read.
+            return home / "warmup" / "model"
         plan = BuildPlan()
         corpus = self._work / "corpus.jsonl"
         if not corpus.exists():
@@ -135,12 +139,12 @@ class Models:
         if not new.exists():
             plant(SIZES[size], load_tokenizer(str(self.proposal("base"))), new, seed=0)
         config = TrainConfig(
-            output=str(self._work / "bases" / size),
+            output=str(home),
             data=self._lengths(corpus),
             warmup=replace(BASE_TRAINING, model=str(new), max_steps=self._base_steps),
         )
         run_stages(config, ["warmup"], on_progress=self._on_progress)
-        return self._work / "bases" / size / "warmup" / "model"
+        return home / "warmup" / "model"
 
     @cached_property
     def _data(self) -> Path:

@@ -17,7 +17,7 @@ def num_parameters(name):
 
 @pytest.fixture(scope="module")
 def report():
-    return evaluate_bundle(max_prompts=120)
+    return evaluate_bundle(max_prompts=240)
 
 
 def test_the_bundle_is_small():
