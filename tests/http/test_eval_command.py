@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -98,8 +99,12 @@ def judge_server(reply: Reply) -> Iterator[JudgeServer]:
             thread.join()
 
 
+def sounds_like_a_pirate(text: str) -> bool:
+    return "arr" in text.lower() or " be " in text
+
+
 def likes_pirates(server: JudgeServer, first: str, second: str) -> str:
-    is_first, is_second = ("arr" in text.lower() or " be " in text for text in (first, second))
+    is_first, is_second = map(sounds_like_a_pirate, (first, second))
     verdict = "C" if is_first == is_second else "A" if is_first else "B"
     return f"[[A]] would be hasty. It is [[{verdict}]]."
 
@@ -119,12 +124,17 @@ def test_a_judge_behind_http_is_asked_in_both_orders_and_everything_is_written(t
     report = json.loads((tmp_path / "r.json").read_text())
     proposal, half, full = report["rows"]
     assert (proposal["label"], half["strength"], full["strength"]) == ("proposal", 0.5, 1.0)
-    assert full["judged"]["win_rate"]["value"] > 0.7
     assert full["judged"]["agreement"] == 1.0
     assert full["held_out"]["perplexity"] < proposal["held_out"]["perplexity"]
     assert report["sources"]["proposal"] == str(bundle_path() / "proposal")
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 12
+    alone, _, aligned = (
+        [sounds_like_a_pirate(line["answer"]) for line in lines[start : start + 12]] for start in (0, 12, 24)
+    )
+    wins = [0.5 + (now - before) / 2 for now, before in zip(aligned, alone, strict=True)]
+    assert full["judged"]["win_rate"]["value"] == pytest.approx(fmean(wins))
+    assert fmean(wins) > 0.5
     num_different = sum(
         aligned["answer"] != alone["answer"]
         for start in (12, 24)
