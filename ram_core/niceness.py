@@ -8,7 +8,7 @@ from contextlib import suppress
 
 _NICENESS = 19
 """The lowest that still gets a turn. Beside loads on two cores, one gap between tokens in a hundred was 110
-ms long at 10 and is 72 at this. Idle scheduling starves whoever waits for a thread that holds the
+ms long at 10 and is 72 to 95 at this. Idle scheduling starves whoever waits for a thread that holds the
 interpreter: a gap of 1.5 s was seen."""
 
 
