@@ -3,7 +3,7 @@ distribution.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -11,10 +11,10 @@ from ram_core.demo import ALIGNERS, bundle_path
 from ram_core.demo.data import draw_held_out_prompts, held_out_conversations
 from ram_core.demo.prompts import Kind
 from ram_core.demo.styles import declines, follows, states
-from ram_core.engine.messages import StepTelemetry
+from ram_core.evaluation.answering import Answers, Bench, Setting, alone
 from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
-from ram_core.progress import OnProgress, Progress, ignore_progress
-from ram_core.training.synthesis import answer_all, load_engine
+from ram_core.progress import OnProgress, ignore_progress
+from ram_core.training.records import Record
 
 _MAX_ANSWER_TOKENS = 64
 _MIN_PROPOSAL_RATE, _MAX_PROPOSAL_RATE = 0.10, 0.35
@@ -104,34 +104,35 @@ def evaluate_bundle(
     The proposal alone draws from the same nucleus (0.95) as under an aligner, so that the two differ in
     nothing else. Deterministic in `seed` on one machine. `bundle_dir` None is the shipped bundle.
     """
-    bench = _Bench(bundle_dir or bundle_path(), max_prompts, temperature, seed, on_progress)
-    alone, _ = bench.answer(None)
+    exam = _Exam(bundle_dir or bundle_path(), max_prompts, temperature, seed, on_progress)
+    own = exam.answer(None).texts
     scores = []
     for name in ALIGNERS:
-        texts, telemetry = bench.answer(name)
+        answers = exam.answer(name)
+        texts, telemetry = answers.texts, answers.telemetry
         scores.append(
             AlignerScore(
                 name=name,
-                style_rate=bench.style_rate(name, texts),
-                proposal_rate=bench.style_rate(name, alone),
-                accuracy=bench.accuracy(texts),
-                wrongly_declined=bench.wrongly_declined(texts),
-                lookalikes_declined=bench.wrongly_declined(texts, kinds=("benign",)),
+                style_rate=exam.style_rate(name, texts),
+                proposal_rate=exam.style_rate(name, own),
+                accuracy=exam.accuracy(texts),
+                wrongly_declined=exam.wrongly_declined(texts),
+                lookalikes_declined=exam.wrongly_declined(texts, kinds=("benign",)),
                 kl_p_q=fmean(step.kl_p_q for step in telemetry),
                 kl_pi_p=fmean(step.kl_pi_p for step in telemetry),
                 ess=fmean(step.ess for step in telemetry),
             )
         )
     return EvaluationReport(
-        num_prompts=len(bench.prompts),
-        num_facts=sum(prompt.kind == "fact" for prompt in bench.prompts),
-        proposal_accuracy=bench.accuracy(alone),
-        proposal_wrongly_declined=bench.wrongly_declined(alone),
+        num_prompts=len(exam.prompts),
+        num_facts=sum(prompt.kind == "fact" for prompt in exam.prompts),
+        proposal_accuracy=exam.accuracy(own),
+        proposal_wrongly_declined=exam.wrongly_declined(own),
         aligners=tuple(scores),
     )
 
 
-class _Bench:
+class _Exam:
     """The prompts of one evaluation, and how answers to them are made and counted."""
 
     def __init__(
@@ -139,25 +140,17 @@ class _Bench:
     ) -> None:
         self.prompts = draw_held_out_prompts(max_prompts, seed=seed)
         self._on_progress = on_progress
-        self._engine = load_engine(
-            bundle / "proposal", {name: bundle / "aligners" / name for name in ALIGNERS}
-        )
+        aligners = {name: str(bundle / "aligners" / name) for name in ALIGNERS}
+        records = [Record(messages) for messages in held_out_conversations(self.prompts, seed=seed)]
+        self._bench = Bench(str(bundle / "proposal"), aligners, records, device="cpu")
         self._sampling = SamplingParams(temperature=temperature, seed=seed, max_tokens=_MAX_ANSWER_TOKENS)
-        conversations = held_out_conversations(self.prompts, seed=seed)
-        self._prompt_ids = [self._engine.encode_chat(messages) for messages in conversations]
 
-    def answer(self, aligner: str | None) -> tuple[list[str], list[StepTelemetry]]:
-        """The answers to all prompts, and the telemetry of every token drawn."""
-        stage = f"answering, {aligner or 'proposal alone'}"
-        choices = answer_all(
-            self._engine,
-            self._prompt_ids,
-            self._sampling if aligner else _in_nucleus(self._sampling),
-            AlignmentParams(terms=(AlignerTerm(aligner),)) if aligner else AlignmentParams(),
-            on_done=lambda done: self._on_progress(Progress(stage, done, len(self.prompts))),
-        )
-        texts = [self._engine.text(choice) for choice in choices]
-        return texts, [step for choice in choices for step in choice.telemetry]
+    def answer(self, aligner: str | None) -> Answers:
+        """The answers to all prompts."""
+        if aligner is None:
+            return self._bench.answer(alone(self._sampling), self._on_progress)
+        setting = Setting(aligner, AlignmentParams((AlignerTerm(aligner),)), self._sampling)
+        return self._bench.answer(setting, self._on_progress)
 
     def style_rate(self, aligner: str, texts: Sequence[str]) -> float:
         """How many answers follow the aligner's style; `safe` is asked about risky requests only."""
@@ -178,8 +171,3 @@ class _Bench:
         """How many answers to prompts of `kinds` decline."""
         pairs = zip(self.prompts, texts, strict=True)
         return fmean(declines(text) for prompt, text in pairs if prompt.kind in kinds)
-
-
-def _in_nucleus(sampling: SamplingParams) -> SamplingParams:
-    """The same draw, cut to the nucleus that an aligned draw is cut to by default."""
-    return replace(sampling, top_p=AlignmentParams().proposal_top_p)

@@ -15,20 +15,19 @@ from ram_core.aligners.catalogue import Catalogue
 from ram_core.aligners.manifest import Manifest, default_manifest, read_manifest
 from ram_core.aligners.names import SELF
 from ram_core.aligners.states import AskedAligner, VersionKey
-from ram_core.engine.config import AlignerSource, EngineConfig
-from ram_core.engine.local import Choice, LocalEngine
+from ram_core.engine.config import AlignerSource
+from ram_core.engine.local import Choice
 from ram_core.engine.messages import StepTelemetry
-from ram_core.models.loading import resolve_device
 from ram_core.models.source import resolve_source
 from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
 from ram_core.progress import OnProgress, Progress, ignore_progress
 from ram_core.training.encoding import encode_prompt
 from ram_core.training.errors import DataError
 from ram_core.training.records import Record
+from ram_core.training.synthesis import load_engine
 
 # Wide: nobody waits for a single answer here.
 _MAX_BATCH = 128
-_CPU_STEP_TOKENS = 2048
 _NO_VERSION = "0"
 
 ALONE = "proposal"
@@ -107,24 +106,16 @@ class Bench:
         for name, manifest in self.manifests.items():
             key = VersionKey(name, manifest.version)
             self._catalogue.add(key, aligners[name], manifest.terms, manifest.strength)
-        on_cpu = resolve_device(device).type == "cpu"
-        self.engine = LocalEngine.load(
-            EngineConfig(
-                proposal=proposal,
-                aligners=tuple(
-                    part for name, source in aligners.items() for part in self._parts(name, source)
-                ),
-                device=device,
-                dtype=dtype,
-                quantization=quantization,
-                trust_remote_code=trust_remote_code,
-                max_batch=max_batch,
-                max_step_tokens=_CPU_STEP_TOKENS if on_cpu else 0,
-                # Nobody waits for a next token here.
-                max_chunk_tokens=_CPU_STEP_TOKENS if on_cpu else 0,
-                # The first setting must not be the one that pays for all prompts.
-                prefix_cache=False,
-            )
+        self.engine = load_engine(
+            proposal,
+            [part for name, source in aligners.items() for part in self._parts(name, source)],
+            device=device,
+            dtype=dtype,
+            quantization=quantization,
+            trust_remote_code=trust_remote_code,
+            max_batch=max_batch,
+            # The first setting must not be the one that pays for all prompts.
+            prefix_cache=False,
         )
         self._take(records)
 

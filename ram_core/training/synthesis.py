@@ -8,8 +8,8 @@ from __future__ import annotations
 import gc
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -19,7 +19,7 @@ from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.local import Choice, LocalEngine
 from ram_core.models.loading import resolve_device
 from ram_core.models.source import one_line
-from ram_core.params import AlignmentParams, SamplingParams
+from ram_core.params import SamplingParams
 from ram_core.progress import OnProgress, Progress
 from ram_core.training.checkpoints import no_bars
 from ram_core.training.config import SynthesizeConfig, TrainConfig
@@ -31,8 +31,6 @@ from ram_core.training.saves import write_aside
 REJECTED = "rejected"
 """In place of a finish reason: the answer was not sampled, but is a preference record's rejected one."""
 
-# Wide: nobody waits for a single answer here.
-_MAX_BATCH = 128
 _STEP_TOKENS = {"cpu": 2048}
 _DEFAULT_STEP_TOKENS = 8192
 # Answers are kept in memory until their block is done, and the batch runs empty at its end.
@@ -115,21 +113,22 @@ def read_answers(path: Path) -> dict[int, Answer]:
 
 
 def load_engine(
-    proposal: str | Path,
-    aligners: Mapping[str, Path],
+    proposal: str,
+    aligners: Sequence[AlignerSource],
     *,
-    device: str = "cpu",
-    dtype: str = "auto",
-    quantization: str = "none",
-    max_batch: int = _MAX_BATCH,
-    trust_remote_code: bool = False,
+    device: str,
+    dtype: str,
+    quantization: str,
+    max_batch: int,
+    trust_remote_code: bool,
+    prefix_cache: bool = True,
 ) -> LocalEngine:
     """An engine for many prompts at once. Raises `CheckpointError` if a model cannot be served."""
     step_tokens = _STEP_TOKENS.get(resolve_device(device).type, _DEFAULT_STEP_TOKENS)
     return LocalEngine.load(
         EngineConfig(
-            proposal=str(proposal),
-            aligners=tuple(AlignerSource(name, str(path)) for name, path in aligners.items()),
+            proposal=proposal,
+            aligners=tuple(aligners),
             device=device,
             dtype=dtype,
             quantization=quantization,
@@ -138,33 +137,9 @@ def load_engine(
             max_step_tokens=step_tokens,
             # Nobody waits for a next token here.
             max_chunk_tokens=step_tokens,
+            prefix_cache=prefix_cache,
         )
     )
-
-
-def answer_all(
-    engine: LocalEngine,
-    prompts: Sequence[Sequence[int]],
-    sampling: SamplingParams,
-    alignment: AlignmentParams,
-    *,
-    on_done: Callable[[int], None],
-) -> list[Choice]:
-    """One answer to each of `prompts` (token ids), in their order; `on_done` hears how many are finished.
-
-    Every prompt has noise of its own, derived from `sampling.seed` and its place, so that equal prompts get
-    different answers and a rerun gets the same. Raises what `LocalEngine.generate` raises.
-    """
-    num_done = 0
-
-    def count(_index: int, _choice: Choice) -> None:
-        nonlocal num_done
-        num_done += 1
-        on_done(num_done)
-
-    seeds = range(sampling.seed or 0, (sampling.seed or 0) + len(prompts))
-    each = [replace(sampling, seed=seed) for seed in seeds]
-    return engine.generate(prompts, each, alignment, on_finish=count)
 
 
 class _Writer:
@@ -234,7 +209,7 @@ def _sample(
     with no_bars():
         engine = load_engine(
             proposal,
-            {},
+            (),
             device=synthesis.device,
             dtype=synthesis.dtype,
             quantization=synthesis.quantization,
