@@ -19,13 +19,15 @@ from torch import Tensor
 
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch
-from ram_core.resampling import kernel
-from ram_core.resampling.compiled import F32, I64, entry, inner
+from ram_core.resampling import kernel, threads
+from ram_core.resampling.compiled import F32, I64, entry, inner, prefetch
 from ram_core.resampling.kernel import exp, find_top
-from ram_core.resampling.threads import run_parts
+from ram_core.resampling.threads import in_parallel
 
 # Numbers that a thread has to read before another one is worth waking.
 _NUMBERS_A_THREAD = 1 << 15
+# Numbers in a line of the cache.
+_LINE = 16
 _plain, _sums = inner("contract"), inner("contract", "reassoc")
 
 Count = tuple[None, ...]
@@ -90,11 +92,7 @@ def attend_decode(
     # A row's heads lie side by side and are best read together, if that leaves work for every thread.
     heads_at_once = len(key) if num_rows >= num_parts else 1
 
-    def attend_share(first: int, stride: int) -> None:
-        scores = np.empty((num_heads, longest), np.float32)
-        attend_rows(tensors, rows, shape, scores, scale, window or longest, heads_at_once, first, stride)
-
-    run_parts(attend_share, num_parts)
+    attend_rows(tensors, rows, shape, scale, window or longest, heads_at_once, num_parts)
     return out
 
 
@@ -139,8 +137,14 @@ def _score(
     page_size, group, context = layer.keys.shape[1], len(shape.group), rows.contexts[row]
     for start in range(first // page_size * page_size, context, page_size):
         page = rows.pages[row, start // page_size]
+        following = rows.pages[row, min(start // page_size + 1, (context - 1) // page_size)]
         for i in range(max(first, start), min(start + page_size, context)):
             for head in range(heads[0], heads[1]):
+                # What is read next: this token's value when all scores are known, and the next page's key.
+                for at in range(0, len(shape.key), _LINE):
+                    prefetch(layer.keys[following, i - start, head], at)
+                for at in range(0, len(shape.value), _LINE):
+                    prefetch(layer.values[page, i - start, head], at)
                 key = layer.keys[page, i - start, head]
                 for at in range(head * group, (head + 1) * group):
                     scores[at, i - first] = _dot(layer.query[row, at], key, shape.key) * scale
@@ -207,6 +211,31 @@ def _attend(
     _add_up(layer, rows, shape, scores, first, row, heads)
 
 
+@_plain
+def _attend_part(
+    layer: Layer,
+    rows: Rows,
+    shape: Shape,
+    scale: np.float32,
+    window: int,
+    heads_at_once: int,
+    first: int,
+    stride: int,
+) -> None:
+    """Every `stride`th part from the `first` on, of all rows' runs of `heads_at_once` heads."""
+    num_heads, page_size = layer.keys.shape[2], layer.keys.shape[1]
+    scores = np.empty((layer.query.shape[1], rows.pages.shape[1] * page_size), np.float32)
+    num_runs = num_heads // heads_at_once
+    for part in range(first, len(layer.query) * num_runs, stride):
+        row, begin = part // num_runs, part % num_runs * heads_at_once
+        heads = begin, begin + heads_at_once
+        page, offset = rows.slots[row] // page_size, rows.slots[row] % page_size
+        for head in range(heads[0], heads[1]):
+            _remember(layer.key[row, head], layer.keys[page, offset, head])
+            _remember(layer.value[row, head], layer.values[page, offset, head])
+        _attend(layer, rows, shape, scores, scale, window, row, heads)
+
+
 def _compile(made_of: int) -> Any:
     """numba's cache on disk looks at one file; what else the code is made of becomes part of its key."""
 
@@ -215,27 +244,16 @@ def _compile(made_of: int) -> Any:
         layer: Layer,
         rows: Rows,
         shape: Shape,
-        scores: F32,
         scale: np.float32,
         window: int,
         heads_at_once: int,
-        first: int,
-        stride: int,
+        num_threads: int,
     ) -> None:
-        """Every `stride`th part from the `first` on, of all rows' runs of `heads_at_once` heads."""
+        """All rows, each run of `heads_at_once` heads by one thread."""
         assert made_of >= 0
-        num_heads, page_size = layer.keys.shape[2], layer.keys.shape[1]
-        num_runs = num_heads // heads_at_once
-        for part in range(first, len(layer.query) * num_runs, stride):
-            row, begin = part // num_runs, part % num_runs * heads_at_once
-            heads = begin, begin + heads_at_once
-            page, offset = rows.slots[row] // page_size, rows.slots[row] % page_size
-            for head in range(heads[0], heads[1]):
-                _remember(layer.key[row, head], layer.keys[page, offset, head])
-                _remember(layer.value[row, head], layer.values[page, offset, head])
-            _attend(layer, rows, shape, scores, scale, window, row, heads)
+        in_parallel(_attend_part, (layer, rows, shape, scale, window, heads_at_once), num_threads)
 
     return attend_rows
 
 
-attend_rows = _compile(crc32(Path(kernel.__file__).read_bytes()))
+attend_rows = _compile(crc32(Path(kernel.__file__).read_bytes() + Path(threads.__file__).read_bytes()))

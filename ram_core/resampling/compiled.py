@@ -6,7 +6,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
@@ -55,7 +58,10 @@ class Told(NamedTuple):
 
 
 class Room(NamedTuple):
-    """One thread's memory; floats in whole blocks. `e_x` is `exp x`, `s` are scores, `sums` of blocks."""
+    """One thread's memory, or that of several, one after the other; floats in whole blocks.
+
+    `e_x` is `exp x`, `s` are scores, `sums` of blocks.
+    """
 
     x: F32
     y: F32
@@ -90,3 +96,25 @@ def entry(function: Callable[..., Any]) -> Any:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # Neither the package's nor the user's cache directory can be written.
         return njit(nogil=True, error_model="numpy")(function)
+
+
+def ask_for_memory(builder: Any, place: Any) -> None:
+    """Generate code that has the memory at a pointer, if there is any, brought near; waits for nothing."""
+    number = ir.IntType(32)
+    pointer = builder.bitcast(place, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch")
+    # For reading, as near as can be, and data.
+    builder.call(ask, [pointer, number(0), number(3), number(1)])
+
+
+@intrinsic  # type: ignore[untyped-decorator]  # numba has no types
+def prefetch(typing_context: Any, array: Any, at: Any) -> Any:
+    """In compiled code: have the memory of a contiguous array's number `at` brought near."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        first = context.make_array(signature.args[0])(context, builder, values[0]).data
+        ask_for_memory(builder, builder.gep(first, [values[1]]))
+        return context.get_dummy_value()
+
+    return types.void(array, at), codegen

@@ -18,7 +18,6 @@ from ram_core.resampling.logits import AlignerLogits
 from ram_core.resampling.params import Mode, StepFeatures, StepParams
 from ram_core.resampling.rows import draw_rows
 from ram_core.resampling.telemetry import Telemetry
-from ram_core.resampling.threads import run_parts
 
 
 def covered_rows(
@@ -123,19 +122,16 @@ _TOKENS_A_THREAD = 1 << 14
 _own = threading.local()
 
 
-def _rooms(num_rooms: int, vocab_size: int) -> list[Room]:
-    """Memory for as many threads; the calling thread keeps it from step to step."""
+def _rooms(num_rooms: int, vocab_size: int) -> Room:
+    """Memory for at least so many threads; the calling thread keeps it from step to step."""
     num_blocks = -(-vocab_size // BLOCK)
-    rooms: list[Room] = getattr(_own, "rooms", [])
-    if rooms and len(rooms[0].sums) != num_blocks:
-        rooms = []
-    while len(rooms) < num_rooms:
-        floats = np.empty((6, num_blocks * BLOCK), np.float32)
-        sums, histogram = np.empty(num_blocks, np.int64), np.empty(NUM_BINS * NUM_LANES, np.int64)
-        ids = np.empty(num_blocks * BLOCK, np.int32)
-        x, y, e_x, e_y, s, e_s = floats
-        rooms.append(Room(x, y, e_x, e_y, s, e_s, sums, histogram, ids))
-    _own.rooms = rooms
+    rooms: Room | None = getattr(_own, "rooms", None)
+    if rooms is None or rooms.sums.shape[1] != num_blocks or len(rooms.sums) < num_rooms:
+        x, y, e_x, e_y, s, e_s = np.empty((6, num_rooms, num_blocks * BLOCK), np.float32)
+        sums = np.empty((num_rooms, num_blocks), np.int64)
+        histogram = np.empty((num_rooms, NUM_BINS * NUM_LANES), np.int64)
+        ids = np.empty((num_rooms, num_blocks * BLOCK), np.int32)
+        _own.rooms = rooms = Room(x, y, e_x, e_y, s, e_s, sums, histogram, ids)
     return rooms
 
 
@@ -144,8 +140,4 @@ def _share_out(logits: Logits, asked: Asked, told: Told, rows: I64, eos_ids: I64
     worthwhile = len(rows) * vocab_size // _TOKENS_A_THREAD
     num_threads = max(min(torch.get_num_threads(), len(rows), worthwhile), 1)
     rooms = _rooms(num_threads, vocab_size)
-
-    def draw_share(first: int, stride: int) -> None:
-        draw_rows(logits, asked, told, rooms[first], rows, eos_ids, vocab_size, first, stride)
-
-    run_parts(draw_share, num_threads)
+    draw_rows(logits, asked, told, rooms, rows, eos_ids, vocab_size, num_threads)

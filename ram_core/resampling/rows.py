@@ -9,7 +9,7 @@ from zlib import crc32
 
 import numpy as np
 
-from ram_core.resampling import kernel
+from ram_core.resampling import kernel, threads
 from ram_core.resampling.compiled import F32, I64, Asked, Logits, Room, Told, entry, inner
 from ram_core.resampling.kernel import (
     draw,
@@ -27,6 +27,7 @@ from ram_core.resampling.kernel import (
     truncate,
 )
 from ram_core.resampling.params import MIN_TEMPERATURE, Mode
+from ram_core.resampling.threads import in_parallel
 
 _plain = inner("contract")
 _PROPOSAL, _PRODUCT = int(Mode.PROPOSAL), int(Mode.PRODUCT)
@@ -108,6 +109,33 @@ def _draw_row(
     _reduce(x, e_x, asked, told, room, row, size)
 
 
+@_plain
+def _draw_part(
+    logits: Logits,
+    asked: Asked,
+    told: Told,
+    rooms: Room,
+    rows: I64,
+    eos_ids: I64,
+    size: int,
+    first: int,
+    stride: int,
+) -> None:
+    room = Room(
+        rooms.x[first],
+        rooms.y[first],
+        rooms.e_x[first],
+        rooms.e_y[first],
+        rooms.s[first],
+        rooms.e_s[first],
+        rooms.sums[first],
+        rooms.histogram[first],
+        rooms.ids[first],
+    )
+    for i in range(first, len(rows), stride):
+        _draw_row(logits, asked, told, room, rows[i], eos_ids, size)
+
+
 def _compile(made_of: int) -> Any:
     """numba's cache on disk looks at one file; what else the code is made of becomes part of its key."""
 
@@ -116,19 +144,17 @@ def _compile(made_of: int) -> Any:
         logits: Logits,
         asked: Asked,
         told: Told,
-        room: Room,
+        rooms: Room,
         rows: I64,
         eos_ids: I64,
         size: int,
-        first: int,
-        stride: int,
+        num_threads: int,
     ) -> None:
-        """Draw every `stride`th of `rows`, from the `first` on; `told` holds zeros before."""
+        """Draw `rows`; `told` holds zeros before, `rooms` has memory for each thread."""
         assert made_of >= 0
-        for i in range(first, len(rows), stride):
-            _draw_row(logits, asked, told, room, rows[i], eos_ids, size)
+        in_parallel(_draw_part, (logits, asked, told, rooms, rows, eos_ids, size), num_threads)
 
     return draw_rows
 
 
-draw_rows = _compile(crc32(Path(kernel.__file__).read_bytes()))
+draw_rows = _compile(crc32(Path(kernel.__file__).read_bytes() + Path(threads.__file__).read_bytes()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -21,7 +23,7 @@ from ram_core.resampling.fused import covered_rows
 from ram_core.resampling.noise import Purpose, uniform_noise
 from ram_core.resampling.rows import draw_rows
 from ram_core.resampling.step import draw_with_tensors
-from ram_core.resampling.threads import run_parts
+from ram_core.resampling.threads import in_parallel
 from tests.exactness import laws
 from tests.exactness.laws import Row
 
@@ -341,11 +343,41 @@ def test_code_that_cannot_be_kept_on_disk_still_compiles():
     assert entry(space["twice"])(21) == 42
 
 
-def test_what_a_thread_raises_is_raised():
-    def fail(number: int, num: int) -> None:
-        if number == num - 1:
-            raise ValueError("thread")
+@njit(nogil=True)
+def count_visits(visits: np.ndarray, counts: np.ndarray, first: int, count: int) -> None:
+    counts[first] = count
+    for i in range(first, len(visits), count):
+        visits[i] += 1
 
-    for num_parts in (1, 2):
-        with pytest.raises(ValueError, match="thread"):
-            run_parts(fail, num_parts)
+
+@njit(nogil=True)
+def visit(visits: np.ndarray, counts: np.ndarray, num_threads: int) -> None:
+    in_parallel(count_visits, (visits, counts), num_threads)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_work_in_parallel_is_all_done_and_done_once(num_threads: int):
+    visits, counts = np.zeros(101), np.zeros(num_threads)
+    visit(visits, counts, num_threads)
+    assert (visits == 1).all()
+    assert (counts == num_threads).all()
+
+
+def test_without_torchs_openmp_one_thread_does_all():
+    """In a process of its own: symbols are looked up once."""
+    code = """
+import ctypes
+from pathlib import Path
+import pytest
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Path, "glob", lambda *_: iter(()))
+    from ram_core.resampling import threads
+assert threads._torch_openmp() is not None
+import numpy as np
+from tests.exactness.test_resampling_compiled import visit
+visits, counts = np.zeros(101), np.zeros(3)
+visit(visits, counts, 3)
+assert (visits == 1).all() and counts.tolist() == [1, 0, 0]
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
