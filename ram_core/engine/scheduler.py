@@ -2,9 +2,9 @@
 
 Sequences that are being written come first, one token each; what is left of the step's budget goes to
 prompts, in chunks, shared equally between tenants. Beside writing, a chunk is short, so that a long prompt
-delays no other sequence's next token by much; alone it may fill the step. Where more could read than do
-write, as in a burst that finds the server idle, the chunk is so many times as long: few wait for many. What
-is left of a short prompt is read at once if its tenant writes nothing.
+delays no other sequence's next token by much; alone it may fill the step. Where many could read beside few
+that write, as in a burst that finds the server idle, the chunk is longer: few wait for many, and the batch is
+full sooner. What is left of a short prompt is read at once if its tenant writes nothing.
 
 A sequence is admitted when a slot and pages for its prompt are free, in the order of `FairQueue`; it begins
 behind the longest prefix that its lanes find in the books. When a running one finds no page, or somebody of a
@@ -32,6 +32,8 @@ from ram_core.engine.sequence import Sequence
 
 _GUEST_CHUNKS = 2
 """Up to so many chunks are read at once for a tenant that writes nothing."""
+_READER_WEIGHT = 4
+"""Who waits for a first token counts as so many who wait for their next one."""
 _MIN_SHARE = 16
 """So many tokens of prompt a tenant gets in a step at least, if it gets any."""
 
@@ -220,7 +222,9 @@ class Scheduler:
             return left
         if self._free_slots:
             num_reading += min(len(self._queue), len(self._free_slots))
-        return min(left, self._max_chunk_tokens * max(num_reading // num_writing, 1))
+        # Never more than a chunk each: one long prompt by itself delays nobody by more.
+        num_chunks = min(_READER_WEIGHT * num_reading // num_writing, num_reading)
+        return min(left, self._max_chunk_tokens * max(num_chunks, 1))
 
     def _free_followers(self, leader: Sequence) -> None:
         for sequence in reversed(self._followers.pop(leader, [])):

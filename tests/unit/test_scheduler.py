@@ -90,23 +90,27 @@ def test_a_chunk_is_short_beside_writing_and_fills_the_step_alone() -> None:
     assert shape(step(scheduler))[2:] == [("next", 5, 5, False)]
 
 
-def test_a_chunk_is_longer_where_more_could_read_than_write() -> None:
+def test_a_chunk_is_longer_where_many_could_read_beside_few_that_write() -> None:
     scheduler = make_scheduler(num_slots=7, max_step_tokens=40, max_chunk_tokens=5)
     for name in "ab":
         scheduler.add(make_sequence(name, 2))
     step(scheduler)
     for name in "cdefgh":
         scheduler.add(make_sequence(name, 30))
-    # Five slots are free for them, which is two for each that writes; the sixth counts for nothing.
-    assert [row.num_tokens for row in step(scheduler).rows] == [1, 1, 10]
-    # With one reader for each writer, or fewer, it is as short as for one.
-    scheduler = make_scheduler(num_slots=7, max_step_tokens=40, max_chunk_tokens=5)
-    for name in "abc":
-        scheduler.add(make_sequence(name, 2))
+    # Five slots are free for them, so there are no more than five chunks; the sixth counts for nothing.
+    assert [row.num_tokens for row in step(scheduler).rows] == [1, 1, 25]
+
+
+@pytest.mark.parametrize(("num_writing", "num_tokens"), [(4, 10), (7, 5), (12, 5)])
+def test_a_reader_counts_as_four_that_write(num_writing: int, num_tokens: int) -> None:
+    """Two of them beside four are no more than two chunks, and one chunk is the least."""
+    scheduler = make_scheduler(num_slots=num_writing + 2, max_step_tokens=40, max_chunk_tokens=5)
+    for number in range(num_writing):
+        scheduler.add(make_sequence(f"writes {number}", 2))
     step(scheduler)
-    for name in "defgh":
+    for name in "ab":
         scheduler.add(make_sequence(name, 30))
-    assert [row.num_tokens for row in step(scheduler).rows] == [1, 1, 1, 5]
+    assert [row.num_tokens for row in step(scheduler).rows if row.num_tokens > 1] == [num_tokens]
 
 
 def test_a_tenant_that_writes_nothing_has_a_short_prompt_read_at_once() -> None:
