@@ -74,6 +74,11 @@ def attention_backend(backend: AttentionBackend) -> Iterator[None]:
         _backend.reset(token)
 
 
+def is_paged() -> bool:
+    """Whether this is inside such a block."""
+    return _backend.get(None) is not None
+
+
 def _attention(
     module: nn.Module,
     query: Float[Tensor, "1 head token dim"],

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ram_core.models.conformance import chunked_logits, far_off
+from ram_core.models.fused_layers import fuse_layers, restore_layers
 from ram_core.models.paged import PagedModel
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,8 @@ def compile_layers(paged: PagedModel, vocab_size: int) -> str | None:
     if plain is model:
         return f"a `{model.config.model_type}` model has no decoder beside its head"
     expected = chunked_logits(paged, vocab_size)
+    # A compiler joins operations by itself, and cannot read what joined them before.
+    restore_layers(plain)
     compiled: nn.Module = torch.compile(plain, fullgraph=True, dynamic=True)  # type: ignore[assignment]
     setattr(model, name, compiled)
     try:
@@ -45,6 +48,7 @@ def compile_layers(paged: PagedModel, vocab_size: int) -> str | None:
             return None
         reason = f"compiled, it gives other logits ({difference})"
     setattr(model, name, plain)
+    fuse_layers(model)
     return reason
 
 

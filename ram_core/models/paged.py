@@ -11,6 +11,7 @@ from ram_core.errors import CheckpointError
 from ram_core.models.attention import AttentionBackend, ShapeProbe, attention_backend
 from ram_core.models.backends import choose_backend
 from ram_core.models.experts import choose_experts
+from ram_core.models.fused_layers import fuse_layers
 from ram_core.models.kv import KvGeometry, KvPool
 from ram_core.models.packed_linear import pack_linears
 from ram_core.models.packing import PackedBatch
@@ -43,6 +44,7 @@ class PagedModel:
         self.device = model.device
         self.weight_bytes = weight_bytes(model)
         choose_experts(model)
+        fuse_layers(model)
         if geometry is None:
             pack_linears(model)
             take_from_files(model)
