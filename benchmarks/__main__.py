@@ -17,6 +17,7 @@ from pathlib import Path
 from benchmarks import report
 
 NAMES = (
+    "products",
     "resampling",
     "decode",
     "first_token",

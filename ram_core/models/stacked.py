@@ -20,7 +20,7 @@ from torch.nn.functional import layer_norm
 from ram_core.errors import CheckpointError
 from ram_core.models.grouped_linear import RowGroups, current_groups, grouped_linear
 from ram_core.models.model_stack import ModelStack, Twin, by_module, head_of, replace_module
-from ram_core.models.packed_linear import PackedLinear, is_packable, keeps_plain_weights
+from ram_core.models.packed_linear import PackedLinear, is_packable
 from ram_core.models.paged import PagedModel
 from ram_core.models.stored import StoredTensor, StoredWeights, Weight, put
 
@@ -185,7 +185,6 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
     twins: dict[str, Twin] = {}
     # By where the weights lay that they replace.
     embeddings: dict[int, nn.Parameter] = {}
-    keeps_plain = keeps_plain_weights(model)
     leaves = dict(model.named_modules())
     for name, module in leaves.items():
         if _is_embedding(module):
@@ -194,13 +193,13 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
             embeddings[place] = leaf.stacks["weight"]
     for name, module in leaves.items():
         if is_linear(module):
-            is_kept = type(module) is nn.Linear or module.keeps_plain
-            tied = embeddings.get(module.weight.data_ptr()) if is_kept else None
+            # A packed head is laid out from a copy of the embedding that it is tied to.
+            tied = embeddings.get(module.weight.data_ptr()) if type(module) is nn.Linear else None
             # What is packed lies on CPU, and has no weight to look at without a copy.
             is_on_cpu = isinstance(module, PackedLinear) or module.weight.device.type == "cpu"
             kind = SlotLinear if is_on_cpu else StackedLinear
             is_head = module is head_of(model)
-            twins[name] = kind(module, num_slots, is_head=is_head, tied=tied, keeps_plain=keeps_plain)
+            twins[name] = kind(module, num_slots, is_head=is_head, tied=tied)
         elif name not in twins and list(module.parameters(recurse=False)):
             twins[name] = _Leaf(module, num_slots, trailing_axes[name])
     for name, twin in twins.items():
@@ -212,17 +211,14 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
 class SlotLinear(nn.Module):
     """A linear layer for each slot, on CPU: each takes the rows of its slot, and empty ones are not read.
 
-    They are packed if `layer` is, or would be; `keeps_plain` says whether it would keep its plain weight.
+    They are packed if `layer` is, or would be.
     """
 
-    def __init__(
-        self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None, keeps_plain: bool
-    ) -> None:
+    def __init__(self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._is_head, self._tied = is_head, tied
         self._is_packed = isinstance(layer, PackedLinear) or is_packable(layer)
-        self._keeps_plain = layer.keeps_plain if isinstance(layer, PackedLinear) else keeps_plain
         self._dtype = torch.float32 if isinstance(layer, PackedLinear) else layer.weight.dtype
         self._layers: list[nn.Module | None] = [None] * num_slots
 
@@ -239,13 +235,13 @@ class SlotLinear(nn.Module):
         for name, weight in weights.items():
             if name == "weight" and self._tied is not None:
                 own = self._tied[slot]
-            elif name == "weight" and self._is_packed and not self._keeps_plain:
+            elif name == "weight" and self._is_packed:
                 # It is gone when it is packed.
                 own = weight.lend(self._dtype) if isinstance(weight, StoredTensor) else weight
             else:
                 own = weight.read(self._dtype) if isinstance(weight, StoredTensor) else weight.clone()
             setattr(layer, name, nn.Parameter(own, requires_grad=False))
-        self._layers[slot] = PackedLinear(layer, keeps_plain=self._keeps_plain) if self._is_packed else layer
+        self._layers[slot] = PackedLinear(layer) if self._is_packed else layer
 
     def clear(self, slot: int) -> None:
         """Let a slot's weights go."""
@@ -278,9 +274,7 @@ class SlotLinear(nn.Module):
 class StackedLinear(nn.Module):
     """Linear layers as one tensor, on a device, where none is packed."""
 
-    def __init__(
-        self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None, keeps_plain: bool
-    ) -> None:
+    def __init__(self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._is_head, self._is_tied = is_head, tied is not None

@@ -22,7 +22,7 @@ from ram_core.engine.engine import Engine
 from ram_core.engine.graphs import MAX_GRAPHS, EagerRecorder, Recording, StepGraphs, graph_shapes
 from ram_core.engine.layout import ModelUse, PackedStep, StepLayout, bucket, buckets
 from ram_core.engine.messages import Cancel, FailedEvent, Request, TokenEvent
-from ram_core.models import attention
+from ram_core.models import attention, fused_layers, packed_linear
 from ram_core.models.packing import TRASH_PAGE
 from ram_core.params import AlignerTerm, AlignmentParams, Resampling, SamplingParams
 from ram_core.resampling import StepFeatures
@@ -106,6 +106,12 @@ def in_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are read and drawn as on a device, in tensor operations, of which a trace can be made."""
     monkeypatch.setattr(runner, "draw_tokens", draw_with_tensors)
     monkeypatch.setattr(attention, "can_attend", lambda query: False)
+    monkeypatch.setattr(fused_layers, "_can_run", lambda *tensors: False)
+    monkeypatch.setattr(packed_linear, "multiply", multiply_in_tensors)
+
+
+def multiply_in_tensors(x: Tensor, panels: Tensor, bias: Tensor) -> Tensor:
+    return x @ panels.transpose(1, 2).flatten(0, 1).T + bias
 
 
 @pytest.fixture

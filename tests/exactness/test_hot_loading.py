@@ -39,7 +39,7 @@ from ram_core.engine.messages import (
 )
 from ram_core.engine.room import without_weights
 from ram_core.errors import AlignerUnavailable, CheckpointError
-from ram_core.models import packed_linear, stored
+from ram_core.models import stored
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.kv import KvPool
 from ram_core.models.loading import load_model
@@ -164,12 +164,10 @@ def test_a_newcomer_says_what_it_says_when_it_is_there_from_the_start(
 
 
 @pytest.mark.parametrize("family", [*STACKED_FAMILIES, "phi"])
-@pytest.mark.parametrize("machine", ["Intel", "other"])
 def test_what_is_read_straight_into_a_slot_is_what_transformers_would_load(
-    tmp_path: Path, family: str, machine: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str
 ) -> None:
-    """Tied and untied heads, biases, norms; on CPUs that keep plain weights, and on others."""
-    monkeypatch.setattr(packed_linear, "_is_intel", lambda: machine != "other")
+    """Tied and untied heads, biases, norms."""
     paths = [save_any(tmp_path / str(seed), family, seed=seed) for seed in range(2)]
     stack = StackedModel(load(paths[0]), 2)
     stack.stage(0, plain_weights(load(paths[1]).model))
@@ -187,12 +185,8 @@ def test_what_is_read_straight_into_a_slot_is_what_transformers_would_load(
 
 
 @pytest.mark.parametrize("family", STACKED_FAMILIES)
-@pytest.mark.parametrize("machine", ["Intel", "other"])
-def test_the_second_of_an_architecture_needs_no_model_to_become_a_stack(
-    tmp_path: Path, family: str, machine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_of_an_architecture_needs_no_model_to_become_a_stack(tmp_path: Path, family: str) -> None:
     """A shell with the first one's buffers gives what a loaded model gives, bit by bit."""
-    monkeypatch.setattr(packed_linear, "_is_intel", lambda: machine != "other")
     paths = [save_any(tmp_path / str(seed), family, seed=seed) for seed in range(2)]
     first = load_plain(paths[0])
     buffers = buffers_of(first, torch.float32)
@@ -346,7 +340,7 @@ def test_adapters_that_fit_no_stack_share_their_bases_weights(
 
 
 def plain_tensors(model: PagedModel) -> list[Tensor]:
-    packed = [layer._packed for layer in model.model.modules() if isinstance(layer, PackedLinear)]
+    packed = [layer._panels for layer in model.model.modules() if isinstance(layer, PackedLinear)]
     return [*model.model.parameters(), *packed]
 
 

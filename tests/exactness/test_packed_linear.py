@@ -2,32 +2,79 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ram_core.models import packed_linear
+from ram_core.models import matrix_product
 from ram_core.models.packed_linear import PackedLinear, pack_linears
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr(matrix_product, "_PRODUCTS_A_THREAD", 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("keeps_plain", [True, False])
-@pytest.mark.parametrize("shape", [(1, 24), (8, 24), (9, 24), (16, 24), (2, 37, 24), (1, 130, 24), (24,)])
+@pytest.mark.parametrize("num_out", [16, 40, 33])
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 24), (8, 24), (9, 24), (45, 24), (2, 37, 24), (1, 130, 24), (24,), (5, 512), (5, 700), (0, 24)],
+)
 def test_products_are_those_of_the_plain_layer(
-    shape: tuple[int, ...], keeps_plain: bool, has_bias: bool
+    shape: tuple[int, ...], num_out: int, has_bias: bool, threads: None
 ) -> None:
     torch.manual_seed(0)
-    linear = nn.Linear(24, 40, bias=has_bias)
+    linear = nn.Linear(shape[-1], num_out, bias=has_bias)
     x = torch.randn(shape)
     with torch.inference_mode():
-        packed = PackedLinear(linear, keeps_plain=keeps_plain)
+        packed = PackedLinear(linear)
         ours, exact = packed(x), deepcopy(linear).double()(x.double())
         assert torch.equal(packed.weight, linear.weight)
     assert ours.shape == exact.shape
-    assert (ours - exact).abs().max() < 2e-6
+    assert not x.numel() or (ours - exact).abs().max() < 2e-6
+
+
+def test_a_rows_product_does_not_depend_on_its_neighbours(threads: None) -> None:
+    """Bit for bit, whichever of the tiles it is in: 512 inputs are copied apart, 300 are not."""
+    torch.manual_seed(0)
+    for num_in in (300, 512):
+        layer, x = PackedLinear(nn.Linear(num_in, 70)), torch.randn(47, num_in)
+        together = layer(x)
+        for count in (1, 2, 3, 5, 7, 8, 15, 16, 31):
+            assert torch.equal(layer(x[-count:]), together[-count:])
+
+
+def test_rounding_does_not_grow_with_the_number_of_inputs() -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(8192, 64, bias=False), torch.randn(16, 8192)
+    exact = linear.weight.double() @ x.double().T
+    ours = (PackedLinear(linear)(x).T - exact).square().mean().sqrt()
+    assert ours < 2 * (linear(x).T - exact).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_numbers_stay_in_their_row(bad: float) -> None:
+    torch.manual_seed(0)
+    layer, x = PackedLinear(nn.Linear(40, 33)), torch.randn(21, 40)
+    clean = layer(x)
+    x[4, 7] = bad
+    ours = layer(x)
+    assert not ours[4].isfinite().any()
+    assert torch.equal(ours[torch.arange(21) != 4], clean[torch.arange(21) != 4])
+
+
+def test_a_strided_input_is_read_as_it_is_meant() -> None:
+    torch.manual_seed(0)
+    layer, x = PackedLinear(nn.Linear(24, 40)), torch.randn(24, 9)
+    assert torch.equal(layer(x.T), layer(x.T.contiguous()))
 
 
 def test_only_plain_float32_layers_are_replaced() -> None:
@@ -48,33 +95,6 @@ def test_only_plain_float32_layers_are_replaced() -> None:
     assert (kinds["odd"], kinds["bf16"]) == ("Odd", "Linear")
     # The bias is all that is left of a packed layer's parameters.
     assert [tuple(p.shape) for p in model["plain"].parameters()] == [(4,)]
-
-
-def test_a_large_model_keeps_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_linear, "_MAX_PLAIN_BYTES", 2 * 16 * 4)
-    monkeypatch.setattr(packed_linear, "_is_intel", lambda: True)
-    small = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    large = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    pack_linears(small)
-    pack_linears(large)
-    # Asked twice, a kept weight is the same; what is not kept is made anew.
-    assert all(layer.weight is layer.weight for layer in small)
-    assert not any(layer.weight is layer.weight for layer in large)
-
-
-@pytest.mark.parametrize(
-    ("vendor", "keeps"), [("GenuineIntel", True), ("AuthenticAMD", False), (None, False)]
-)
-def test_plain_weights_are_kept_where_they_are_faster(
-    vendor: str | None, keeps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if vendor:
-        (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-    monkeypatch.setattr(packed_linear, "_CPU_INFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(packed_linear, "_is_intel", packed_linear._is_intel.__wrapped__)
-    model = nn.Sequential(nn.Linear(4, 4))
-    pack_linears(model)
-    assert (model[0].weight is model[0].weight) is keeps
 
 
 def test_a_tied_head_leaves_the_embedding_as_it_is() -> None:

@@ -8,6 +8,8 @@ _PACKING = "tests/unit/test_packing.py"
 _CONFORMANCE = "tests/exactness/test_conformance.py"
 _ENGINE = "tests/exactness/test_engine.py"
 _COMPILED = "tests/exactness/test_compiled_attention.py"
+_FUSED = "tests/exactness/test_fused_layers.py"
+_PACKED = "tests/exactness/test_packed_linear.py"
 _TRITON = "tests/exactness/test_triton_attention.py"
 _LLAMA = f"{_ENGINE}::test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens[llama]"
 _GEMMA = f"{_ENGINE}::test_every_way_of_batching_gives_the_plain_forwards_greedy_tokens[gemma3]"
@@ -73,6 +75,47 @@ MODEL_MUTANTS = [
         ("i += 4", "i += 3"),
         ("range(first, len(layer.query) * num_runs, stride)", "range(first, len(layer.query), stride)"),
         ("_remember(layer.value[row, head]", "_remember(layer.key[row, head]"),
+    ),
+    *mutants(
+        "ram_core/models/matrix_product.py",
+        _PACKED,
+        ("builder.store(own_bias, target, align=4)", "builder.store(zeros, target, align=4)"),
+        ("builder.fadd(builder.load(target, align=4), total)", "total"),
+        ("_BLOCK = 256", "_BLOCK = 8192"),
+        ("while row + _E <= num_rows:", "while row + _E < num_rows:"),
+        ("begin, end = x.shape[1] * first // count", "begin, end = 0 * first // count"),
+        ("panels[panel, at, num_own:] = 0", "pass"),
+        ("            panels[panel, at, lane] = weight[begin + lane, at]", "            pass"),
+        ("for panel in range(len(panels) * first // count, ", "for panel in range(first, "),
+    ),
+    *mutants(
+        "ram_core/models/packed_linear.py",
+        _PACKED,
+        ("lay_out_bias(layer.bias, layer.out_features)", "lay_out_bias(None, layer.out_features)"),
+        ("out[:, : self.out_features]", "out"),
+    ),
+    *mutants(
+        "ram_core/models/layer_kernels.py",
+        _FUSED,
+        ("/ np.float32(x.shape[1])", ""),
+        ("np.sqrt(mean + eps)", "np.sqrt(mean)"),
+        ("(weight[i] + shift)", "weight[i]"),
+        ("row // rows_a_weight % len(weight)", "0"),
+        ("row // rows_a_weight % len(weight)", "row % len(weight)"),
+        ("row // rows_a_weight % len(weight)", "min(row // rows_a_weight, len(weight) - 1)"),
+        ("e = exp(-abs(x))", "e = exp(-x)"),
+        ("begin, end = gate.shape[1] * first // count", "begin, end = first"),
+        ("- x[half + i] * sin[i]", "+ x[half + i] * sin[i]"),
+        ("begin, end = x.shape[1] * first // count", "begin, end = first"),
+    ),
+    *mutants(
+        "ram_core/models/fused_layers.py",
+        _FUSED,
+        ("return is_paged() and all(", "return all("),
+        ("return is_paged() and all(", "return not is_paged() and all("),
+        ("return _is_near(silu(gate) * up, twin(gate))", "return True"),
+        ("or weight.dtype is not torch.float32 for weight", "for weight"),
+        ("for by in (0.0, 1.0)", "for by in (0.0,)"),
     ),
     *mutants(
         "ram_core/models/attention.py",
