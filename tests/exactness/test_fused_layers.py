@@ -122,6 +122,11 @@ def test_norms_gates_and_rotation_of_a_llama_are_fused() -> None:
     assert fused_names(llama()) == {f"{layer}.{name}" for name in names} | {"model.norm"}
 
 
+def test_norms_that_add_one_to_their_weights_are_fused_too() -> None:
+    names = fused_names(make_model("gemma3"))
+    assert {"model.norm", "model.layers.0.input_layernorm", "model.layers.0.self_attn.q_norm"} <= names
+
+
 def test_what_computes_something_else_stays_as_it_is() -> None:
     assert "model.layers.0.mlp" not in fused_names(llama(hidden_act="gelu"))
     assert not fused_names(llama().bfloat16())
