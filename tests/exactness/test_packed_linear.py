@@ -71,6 +71,16 @@ def test_bad_numbers_stay_in_their_row(bad: float) -> None:
     assert torch.equal(ours[torch.arange(21) != 4], clean[torch.arange(21) != 4])
 
 
+def test_the_last_panel_is_filled_up_with_zeros() -> None:
+    weight = torch.randn(33, 40)
+    for _ in range(20):
+        # Memory that was used before holds something else.
+        torch.full((3, 40, 16), torch.nan)
+        panels = matrix_product.lay_out(weight)
+        assert torch.equal(panels[2, :, 0], weight[32])
+        assert not panels[2, :, 1:].any()
+
+
 def test_a_strided_input_is_read_as_it_is_meant() -> None:
     torch.manual_seed(0)
     layer, x = PackedLinear(nn.Linear(24, 40)), torch.randn(24, 9)
