@@ -22,7 +22,7 @@ from ram_core.engine.messages import Event, FailedEvent, Request, StartedEvent, 
 from ram_core.errors import NonFiniteLogits
 from ram_core.models import attention
 from ram_core.models.paged import PagedModel
-from ram_core.params import AlignerTerm, AlignmentParams
+from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
 from tests.exactness import test_lora
 from tests.exactness.test_engine import (
     ALIGNED,
@@ -41,14 +41,14 @@ SPOILT = 251
 LONG = tuple(range(20, 60))
 BROKEN = (*LONG[:6], SPOILT, *LONG[6:])
 SOUND = (IDENTITY, ALIGNED, TERSE, TWICE)
+LONGER = SamplingParams(temperature=0, max_tokens=80, ignore_eos=True)
 WAYS: dict[str, dict[str, Any]] = {
     "at once": {},
     "in chunks": {"max_step_tokens": 9},
-    "token by token": {"max_chunk_tokens": 1},
     "overlapping": {"is_overlapping": True, "max_step_tokens": 9},
     "recorded": {"cuda_graphs": True, "max_step_tokens": 9},
 }
-"""How the prompts are read; beside a sequence that is being written, if they are read token by token."""
+"""How prompts are read."""
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,26 @@ def test_wherever_in_the_prompt_it_breaks(loaded: Engine, way: str, at: int) -> 
     engine = made(loaded, way)
     broken = ask("broken", (*LONG[:at], SPOILT, *LONG[at:]))
     assert_fail_alone(engine, spoilt_proposal(engine), broken, sound=SOUND[:2])
+
+
+@pytest.mark.parametrize("alignment", [IDENTITY, ALIGNED])
+def test_a_prompt_that_is_read_token_by_token_fails_too(loaded: Engine, alignment: AlignmentParams) -> None:
+    """Beside one that is being written, whose rows have one token each as well."""
+    engine = anew(loaded, prefix_cache=False, max_chunk_tokens=1)
+    writer = Request("writer", LONG, LONGER, alignment)
+    expected = tokens_of(serve(engine, [writer])["writer"])
+    assert SPOILT not in expected
+    with spoilt_proposal(engine):
+        engine.handle(writer)
+        written: list[Event] = []
+        while not tokens_of(written):
+            written += engine.step()
+        engine.handle(ask("broken", BROKEN, alignment))
+        events = drain(engine)
+    assert tokens_of([*written, *(each for each in events if each.request_id == "writer")]) == expected
+    failed = next(index for index, each in enumerate(events) if isinstance(each, FailedEvent))
+    assert has_failed([each for each in events if each.request_id == "broken"])
+    assert len(tokens_of(events[:failed])) >= len(BROKEN) - 1, "a step of the other's for each token"
 
 
 @pytest.mark.parametrize("way", WAYS)
