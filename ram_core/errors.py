@@ -40,7 +40,7 @@ class EngineUnavailable(RamError):
 
 
 class NonFiniteLogits(RamError):
-    """A model returned NaN or +inf for this request; its neighbours go on."""
+    """A model computed NaN or an infinity for this request; its neighbours go on."""
 
 
 class EngineOutOfMemory(RamError):

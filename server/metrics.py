@@ -303,7 +303,7 @@ def _counts(stats: EngineStats) -> list[tuple[str, str, str, int]]:
         (queries, queries, "Tokens of prompts that were looked for in the cache.", stats.num_prompt_tokens),
         (hits, hits, "Tokens of prompts that were found in the cache.", stats.num_cached_tokens),
         ("out_of_memory", "", "Sequences that did not fit into memory.", stats.num_out_of_memory),
-        ("non_finite_logits", "", "Sequences that ended by non-finite logits.", stats.num_failed),
+        ("non_finite_logits", "", "Sequences that ended by non-finite numbers of a model.", stats.num_failed),
     ]
 
 

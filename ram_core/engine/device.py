@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Part = TypeVar("Part")
 
 
 class Fork:
@@ -22,7 +25,7 @@ class Fork:
         if device.type == "cuda":
             self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def run(self, parts: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    def run(self, parts: Sequence[Callable[[], Part]]) -> list[Part]:
         """What each part returns: the first runs on the current stream, the others on another."""
         if self._side is None or len(parts) < 2:
             return [part() for part in parts]

@@ -330,7 +330,7 @@ class Engine:
     def _fail(self, sequence: Sequence) -> FailedEvent:
         self._counts["num_failed"] += 1
         self._scheduler.remove(sequence)
-        error = NonFiniteLogits("A model returned non-finite logits for this request.")
+        error = NonFiniteLogits("A model computed numbers that are not finite for this request.")
         return FailedEvent(sequence.request.request_id, sequence.index, error)
 
     def _conclude(self, sequence: Sequence, draw: Draw) -> TokenEvent:

@@ -42,11 +42,12 @@ class ModelUse:
     is_stacked: bool = False
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int]:
-        """How many numbers there are of the batch, sources, slots, and the terms' rows and strengths."""
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """How many numbers there are of the batch, sources, slots, owners, and terms' rows and strengths."""
         num_tokens, num_terms = self.batch.num_tokens, self.batch.num_logits if self.has_terms else 0
         num_sources, num_slots = num_tokens * self.is_fed, num_tokens * self.is_stacked
-        return self.batch.num_numbers, num_sources, num_slots, num_terms, num_terms
+        num_owners = num_tokens * self.batch.has_silent_tokens
+        return self.batch.num_numbers, num_sources, num_slots, num_owners, num_terms, num_terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,15 @@ class UseNumbers:
     """The numbers of a model's part.
 
     `sources` index the table of tokens drawn last, and behind it the batch's own. `group_slots` say which of
-    a group's models reads each token. `rows` are those of the step that the logits belong to, with what
-    `strength`; padding belongs to the row after the last.
+    a group's models reads each token. `owners`, if some tokens are silent, say who is to blame if one breaks:
+    the slot of its sequence, or the padding's if the token draws and so tells by its logits. `rows` are those
+    of the step that the logits belong to, with what `strength`; padding belongs to the row after the last.
     """
 
     batch: PackedBatch
     sources: Int64[Tensor, " token"]
     group_slots: Int64[Tensor, " token"]
+    owners: Int64[Tensor, " token"]
     rows: Int64[Tensor, " logit"]
     strength: Float[Tensor, " logit"]
 
@@ -88,9 +91,9 @@ class StepLayout:
         *parts, slots, positions = torch.split(flat, [*sizes, self.num_drawing, self.num_drawing])
         uses = []
         for index, use in enumerate(self.uses):
-            batch, sources, group_slots, rows, strength = parts[5 * index : 5 * index + 5]
+            batch, sources, group_slots, owners, rows, strength = parts[6 * index : 6 * index + 6]
             packed, weights = use.batch.read(batch), strength.view(torch.float64).float()
-            uses.append(UseNumbers(packed, sources, group_slots, rows, weights))
+            uses.append(UseNumbers(packed, sources, group_slots, owners, rows, weights))
         return StepNumbers(tuple(uses), slots, positions)
 
 
@@ -194,7 +197,7 @@ class StepPacker:
         """A step of padding alone: of `models`, the proposal first."""
         maker = _UseMaker(self, num_rows, num_pages, is_fed=True)
         uses = [
-            maker.finish(served, [], {}, [], None if index == 0 else [], num_rows)
+            maker.finish(served, [], {}, [], [], None if index == 0 else [], num_rows)
             for index, served in enumerate(models)
         ]
         return self._join(uses, [], num_rows, features)
@@ -256,6 +259,7 @@ class _UseMaker:
         fed: dict[int, int] = {}
         terms: list[tuple[int, float]] = []
         group_slots: list[int] = []
+        owners: list[int] = []
         num_tokens = 0
         for row, lane in busy:
             start, known, kept = row.lane_starts[lane], row.sequence.token_ids, row.sequence.lanes[lane]
@@ -267,12 +271,14 @@ class _UseMaker:
                 fed[num_tokens - 1] = row.sequence.slot
             packed.append(Row(token_ids, start, kept.pages, row.draws))
             group_slots += [kept.group_slot] * len(token_ids)
+            owners += [row.sequence.slot] * (len(token_ids) - row.draws)
+            owners += [self.packer.padding_slot] * row.draws
             if row.draws and lane:
                 terms.append((place[id(row)], kept.strength))
         row, lane = busy[0]
         kept = row.sequence.lanes[lane]
         served = Served(kept.group or kept.model, kept.pool, kept.group_slot >= 0)
-        return self.finish(served, packed, fed, group_slots, terms if lane else None, num_drawing)
+        return self.finish(served, packed, fed, group_slots, owners, terms if lane else None, num_drawing)
 
     def finish(
         self,
@@ -280,6 +286,7 @@ class _UseMaker:
         rows: list[Row],
         fed: dict[int, int],
         group_slots: list[int],
+        owners: list[int],
         terms: list[tuple[int, float]] | None,
         num_drawing: int,
     ) -> tuple[ModelUse, Numbers]:
@@ -297,6 +304,8 @@ class _UseMaker:
             # Padding is read by a model that is read anyway.
             last = group_slots[-1] if group_slots else 0
             parts.append(np.array(group_slots + [last] * (batch.num_tokens - len(group_slots)), np.int64))
+        if batch.has_silent_tokens:
+            parts.append(np.array(owners, np.int64))
         if terms is not None:
             # Padding belongs to none of the step's rows.
             padded = terms + [(num_drawing, 0.0)] * (batch.num_logits - len(terms))

@@ -171,7 +171,7 @@ class EngineStats(Struct, frozen=True, array_like=True):
 
     `last_progress_s` is on `time.monotonic`'s clock, which all processes of a machine share. Since the start:
     of `num_prompt_tokens` of admitted prompts `num_cached_tokens` were found in the prefix cache; so many
-    sequences gave way to others (`num_preemptions`), failed for want of memory, or for non-finite logits
+    sequences gave way to others (`num_preemptions`), failed for want of memory, or for non-finite numbers
     (`num_failed`).
     """
 

@@ -24,13 +24,14 @@ from ram_core.engine.layout import ModelUse, Served, Shapes, StepLayout, StepPac
 from ram_core.engine.messages import StepTelemetry
 from ram_core.engine.scheduler import ScheduledRow
 from ram_core.engine.sequence import Sequence
+from ram_core.models.kv_watch import watched_kv
 from ram_core.models.packing import ready_to_send
 from ram_core.resampling import AlignerLogits, Draws, StepParams, draw_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row drew, on the host. `is_bad`: a model gave non-finite logits, the rest means nothing."""
+    """What one row drew, on the host. `is_bad`: a model's numbers were not finite, the rest means nothing."""
 
     token_id: int
     log_prob: float
@@ -70,6 +71,8 @@ class Runner:
         self._packer = StepPacker(bank.page_size, padding_slot=num_slots, shapes=shapes)
         self._params = StepParams.empty(num_slots + 1, self._device)
         self._last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=self._device)
+        # So many of each slot's silent tokens broke: what is drawn after one means nothing.
+        self._num_broken = torch.zeros(num_slots + 1, dtype=torch.int32, device=self._device)
         self._eos_ids = torch.tensor(sorted(bank.eos_ids), device=self._device)
         self._fork = Fork(self._device)
         self._graphs: StepGraphs | None = None
@@ -89,9 +92,10 @@ class Runner:
             self._graphs.forget(group.name)
 
     def start(self, sequence: Sequence) -> None:
-        """Write the parameters of a sequence that has just been given its slot."""
+        """Write the parameters of a sequence that has just been given its slot; its past there is void."""
         asked = (sequence.request.sampling, sequence.request.alignment)
         self._params.put(sequence.slot, StepParams.of([asked], seeds=[sequence.seed], positions=[0]))
+        self._num_broken[sequence.slot].zero_()
 
     def free_memory(self) -> None:
         """Return what is kept for later to the device, after it had none left."""
@@ -117,11 +121,14 @@ class Runner:
         """
         numbers = layout.read(flat)
         uses = list(zip(layout.uses, numbers.uses, strict=True))
-        all_logits = self._fork.run([partial(self._forward, *use) for use in uses])
+        results = self._fork.run([partial(self._forward, *use) for use in uses])
+        for (_, part), (_, is_broken) in zip(uses, results, strict=True):
+            if is_broken is not None:
+                self._num_broken.index_add_(0, part.owners, is_broken.int())
         if not layout.num_drawing:
             return flat.new_empty((0, 0), dtype=torch.float64)
         proposal_logits, terms = None, []
-        for (use, part), logits in zip(uses, all_logits, strict=True):
+        for (use, part), (logits, _) in zip(uses, results, strict=True):
             if use.model == PROPOSAL:
                 proposal_logits = logits
             elif use.has_terms:
@@ -136,16 +143,24 @@ class Runner:
             eos_ids=self._eos_ids,
         )
         self._last_tokens.index_copy_(0, numbers.slots, draws.token)
-        return _as_table(draws)
+        is_broken = self._num_broken.index_select(0, numbers.slots) > 0
+        return _as_table(replace(draws, is_bad=draws.is_bad | is_broken))
 
-    def _forward(self, use: ModelUse, numbers: UseNumbers) -> Tensor:
-        """Run one model; logits are of the rows that draw, in their order, and of padding rows."""
+    def _forward(self, use: ModelUse, numbers: UseNumbers) -> tuple[Tensor, Tensor | None]:
+        """Run one model; logits are of the rows that draw, in their order, and of padding rows.
+
+        Also which tokens broke, if any are silent.
+        """
         batch = numbers.batch
         if use.is_fed:
             known = torch.cat([self._last_tokens, batch.input_ids])
             batch = replace(batch, input_ids=known.index_select(0, numbers.sources))
         slots = numbers.group_slots if use.is_stacked else None
-        return self._bank.forward(use.model, batch, self._bank.pools[use.pool], slots)
+        forward = partial(self._bank.forward, use.model, batch, self._bank.pools[use.pool], slots)
+        if not use.batch.has_silent_tokens:
+            return forward(), None
+        with watched_kv() as watch:
+            return forward(), watch.is_broken
 
 
 def step_kinds(bank: ModelBank) -> list[list[Served]]:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from ram_core.models.compiled_attention import attend_decode, can_attend
 from ram_core.models.kv import KvPool, LayerShape
+from ram_core.models.kv_watch import current_watch
 from ram_core.models.packing import PackedBatch
 
 ATTENTION_NAME = "ram_paged"
@@ -107,6 +108,8 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
+    if (watch := current_watch()) is not None:
+        watch.look(key, value)
     options = AttentionOptions(scaling, window, softcap, sinks)
     return _backend.get().attend(layer, query, key, value, options)
 

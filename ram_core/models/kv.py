@@ -57,8 +57,8 @@ class KvPool:
         """Put each token's key and value into its slot (`page * page_size + offset`).
 
         Memory stays finite, because what a failed request leaves behind is read again, masked, by the next
-        owner of its page, and 0 · NaN is NaN. The failed request itself still fails, by its last token's own
-        residual stream; broken numbers at an earlier token of a prompt count as zeros, and are not told.
+        owner of its page, and 0 · NaN is NaN. The failed request itself still fails: a token that draws tells
+        by its own logits, and of the others `KvWatch` tells that zeros stand for something else here.
         """
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, key.nan_to_num(0.0, 0.0, 0.0))
         self.values[layer].flatten(0, 1).index_copy_(0, slots, value.nan_to_num(0.0, 0.0, 0.0))

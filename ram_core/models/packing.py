@@ -71,6 +71,11 @@ class BatchLayout:
         return sum(self.query_lens)
 
     @property
+    def has_silent_tokens(self) -> bool:
+        """Whether there are tokens whose logits nobody wants."""
+        return self.num_logits < self.num_tokens
+
+    @property
     def num_numbers(self) -> int:
         """How many numbers a batch of this layout has."""
         return 3 * self.num_tokens + self.num_rows * (1 + self.num_pages) + self.num_logits

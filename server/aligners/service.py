@@ -273,12 +273,16 @@ class AlignerService:
     def rollback(self, name: str) -> None:
         """Take the last promotion back, or the one that still waits.
 
+        If a version that would answer again cannot be loaded, nothing changes, and `wait_promoted` says so.
+
         Raises:
             Conflict: there is none.
         """
+        is_waiting = self.registry.status_of(name).next_shares is not None
         self._executor.do(self.registry.rollback(name))
-        # What was taken back is no failure of this.
-        self._executor.failed_promotions.pop(name, None)
+        if is_waiting:
+            # What was taken back is no failure of this; a step back that found no room is.
+            self._executor.failed_promotions.pop(name, None)
 
     def patch(
         self,

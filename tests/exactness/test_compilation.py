@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo import OptimizedModule
 from torch._inductor import config as inductor
 
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Request
 from ram_core.models.compilation import compile_layers
+from tests.exactness.test_broken_numbers import ask, assert_fail_alone, spoilt_proposal
 from tests.exactness.test_engine import (
     GREEDY,
+    IDENTITY,
     PROMPTS,
+    TWICE,
     anew,
     cases,
     make_config,
@@ -56,6 +60,12 @@ def test_compiled_layers_draw_the_plain_forwards_tokens_and_compile_nothing_whil
         for each in (engine, anew(engine, max_step_tokens=9), anew(engine, max_batch=1)):
             told = run_together(each, requests)
             assert [tuple(event.token_id for event in told[each.request_id]) for each in requests] == expected
+
+
+def test_numbers_that_break_in_compiled_layers_are_told(tmp_path: Path) -> None:
+    engine = Engine.load(replace(make_config(tmp_path, "llama"), compile=True))
+    assert isinstance(engine.bank.proposal.model.base_model, OptimizedModule)
+    assert_fail_alone(engine, spoilt_proposal(engine), ask("broken"), sound=(IDENTITY, TWICE))
 
 
 def test_layers_that_say_something_else_once_compiled_are_not_taken(

@@ -61,14 +61,17 @@ def assert_failed(answer: httpx.Response, message: str) -> None:
     assert message in error["message"]
 
 
-def test_a_request_with_nan_fails_alone(small_server: LiveServer, client: httpx.Client) -> None:
+@pytest.mark.parametrize("prompt", [[5, 6, 7, SPOILT], [5, SPOILT, 6, 7]], ids=["last", "early"])
+def test_a_request_with_nan_fails_alone(
+    small_server: LiveServer, client: httpx.Client, prompt: list[int]
+) -> None:
     model = small_server.engine._engine.bank.proposal.model
     weight = model.get_input_embeddings().weight
     with torch.inference_mode():
         before = weight[SPOILT].clone()
         weight[SPOILT] = torch.nan
     try:
-        body = {"prompt": [5, 6, 7, SPOILT], "max_tokens": 4}
+        body = {"prompt": prompt, "max_tokens": 4}
         assert_failed(during(client, lambda: client.post(TEXT, json=body)), "finite")
     finally:
         with torch.inference_mode():

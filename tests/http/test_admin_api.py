@@ -239,6 +239,29 @@ def test_a_promotion_that_cannot_be_changes_nothing(house):
     house.text_of("stable")
 
 
+def test_a_rollback_that_finds_no_room_beside_what_is_pinned_changes_nothing(house, tmp_path):
+    house.do("polite", "load")
+    size = house.house.version("polite", "v1").num_bytes
+    with admin_house(tmp_path, memory_bytes=2 * size) as small:
+        first = small.add("full", small.stage("one"), load=True)["version"]
+        second = small.add("full", small.stage("two"))["version"]
+        small.do("full", "promote", {"version": second})
+        for name in ("full", "polite"):
+            small.do(name, "load", {"pin": True})
+        text = small.text_of("full")
+        for wait in ({}, WAIT):
+            answer = small.admin.post(f"{ALIGNERS}/full/rollback", params=wait)
+            assert error_of(answer)[:2] == (409, "conflict")
+            assert "pinned" in answer.json()["error"]["message"]
+            info = small.get("full")
+            assert (info["shares"], info["next_shares"]) == ({second: 1.0}, None)
+            assert info["earlier_shares"] == [{first: 1.0}]
+            assert states(info) == {first: "evicted", second: "resident"}
+        assert small.text_of("full") == text
+        small.admin.patch(f"{ALIGNERS}/polite", json={"pinned": False})
+        assert small.do("full", "rollback")["shares"] == {first: 1.0}
+
+
 def test_a_load_that_fails_says_why(house):
     path = house.stage()
     name = house.add("broken", path)["name"]

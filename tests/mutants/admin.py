@@ -65,6 +65,12 @@ ADMIN_MUTANTS = [
     ),
     *mutants(
         "server/aligners/service.py",
+        _API,
+        ("        if is_waiting:", "        if True:"),
+        ("        if is_waiting:", "        if False:"),
+    ),
+    *mutants(
+        "server/aligners/service.py",
         _REFUSALS,
         ("before.directory.resolve() != known.directory.resolve()", "False"),
     ),

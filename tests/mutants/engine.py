@@ -8,6 +8,7 @@ _SCHEDULER = "tests/unit/test_scheduler.py"
 _TRAFFIC = "tests/unit/test_scheduler_properties.py"
 _CACHE = "tests/exactness/test_prefix_cache.py"
 _STEPS = "tests/exactness/test_steps.py"
+_BROKEN = "tests/exactness/test_broken_numbers.py"
 _GRAPHS = "tests/exactness/test_graphs.py"
 _REPLAYED = f"{_GRAPHS}::test_replayed_steps_draw_what_steps_draw_as_they_come"
 _LIMITS = "tests/unit/test_limits.py"
@@ -228,6 +229,23 @@ ENGINE_MUTANTS = [
         "ram_core/engine/runner.py",
         f"{_GRAPHS}::test_a_device_that_can_record_nothing_serves_as_it_would_without_recordings",
         ("        if not len(self._graphs):", "        if False:"),
+    ),
+    *mutants(
+        "ram_core/engine/runner.py",
+        _BROKEN,
+        ("self._num_broken.index_add_(0, part.owners, is_broken.int())", "pass"),
+        ("        self._num_broken[sequence.slot].zero_()\n", ""),
+        ("is_bad=draws.is_bad | is_broken", "is_bad=is_broken"),
+        ("self._num_broken.index_select(0, numbers.slots) > 0",
+         "self._num_broken.index_select(0, numbers.slots) > 1"),
+        ("if not use.batch.has_silent_tokens:", "if use.batch.num_decode:"),
+    ),
+    *mutants(
+        "ram_core/engine/layout.py",
+        _BROKEN,
+        ("owners += [row.sequence.slot] * (len(token_ids) - row.draws)",
+         "owners += [self.packer.padding_slot] * (len(token_ids) - row.draws)"),
+        ("owners += [self.packer.padding_slot] * row.draws", "owners += [row.sequence.slot] * row.draws"),
     ),
     *mutants(
         "ram_core/engine/device.py",

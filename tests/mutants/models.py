@@ -7,6 +7,7 @@ from tests.mutants import mutants
 _PACKING = "tests/unit/test_packing.py"
 _CONFORMANCE = "tests/exactness/test_conformance.py"
 _ENGINE = "tests/exactness/test_engine.py"
+_BROKEN = "tests/exactness/test_broken_numbers.py"
 _COMPILED = "tests/exactness/test_compiled_attention.py"
 _FUSED = "tests/exactness/test_fused_layers.py"
 _PACKED = "tests/exactness/test_packed_linear.py"
@@ -186,6 +187,27 @@ MODEL_MUTANTS = [
         ("if page_size % least_page_size(name):", "if False:"),
         ("if not _is_installed(name):", "if False:"),
         ('if device.type != "cuda":', "if False:"),
+    ),
+    *mutants(
+        "ram_core/models/kv_watch.py",
+        _BROKEN,
+        ("for each in (key, value)]", "for each in (key,)]"),
+        ("for each in (key, value)]", "for each in (value,)]"),
+        ("isfinite().all(0)", "isfinite().any(0)"),
+        ("~torch.stack(self._sums).isfinite().all(0)", "torch.stack(self._sums).isnan().any(0)"),
+        ("self._sums += [", "self._sums = ["),
+        (".sum((0, 2)", "[..., :1].sum((0, 2)"),
+    ),
+    *mutants(
+        "ram_core/models/attention.py",
+        _BROKEN,
+        ("        watch.look(key, value)\n", "        watch.look(key[:1], value[:1])\n"),
+    ),
+    *mutants(
+        "ram_core/models/packing.py",
+        _BROKEN,
+        ("return self.num_logits < self.num_tokens", "return self.num_decode < self.num_rows"),
+        ("return self.num_logits < self.num_tokens", "return self.num_logits < self.num_rows"),
     ),
     *mutants(
         "ram_core/models/kv.py",

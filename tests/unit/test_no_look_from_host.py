@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
 
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.kv import KvPool
+from ram_core.models.kv_watch import watched_kv
 from ram_core.models.loading import load_model
 from ram_core.models.packing import PackedBatch, Row, pack
 from ram_core.models.paged import PagedModel
@@ -95,6 +96,7 @@ def test_a_forward_reads_no_number(tmp_path: Path, family: str, is_prefill: bool
     batch = faked(mode, batch)
     pool.keys = [mode.from_tensor(keys) for keys in pool.keys]
     pool.values = [mode.from_tensor(values) for values in pool.values]
-    with mode:
-        logits = paged.forward(batch, pool)
+    with mode, watched_kv() as watch:
+        logits, is_broken = paged.forward(batch, pool), watch.is_broken
     assert logits.shape[0] == len(rows)
+    assert is_broken.shape == batch.input_ids.shape
