@@ -85,8 +85,10 @@ MODEL_MUTANTS = [
         ("_BLOCK = 256", "_BLOCK = 8192"),
         ("while row + _E <= num_rows:", "while row + _E < num_rows:"),
         ("x.shape[1] * (first + 1) // count", "x.shape[1] * first // count"),
-        ("panels[panel, at, num_own:] = 0", "pass"),
-        ("            panels[panel, at, lane] = weight[begin + lane, at]", "            pass"),
+        ("panels[panel, rest, num_own:] = 0", "pass"),
+        ("panels[panel, rest, lane] = weight[panel * PANEL + lane, rest]", "pass"),
+        ("for begin in (0, half)", "for begin in (half, 0)"),
+        ("num_own == PANEL and at", "at"),
         ("len(panels) * (first + 1) // count):\n        row = 0", "len(panels)):\n        row = 1"),
     ),
     *mutants(
