@@ -5,19 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from stat import S_ISREG
+from typing import Any
+
+from blake3 import blake3
 
 from ram_core.aligners.names import MANIFEST_FILE, is_passed_over
 from ram_core.errors import CheckpointError
 
 MAX_FILES = 4096
 SHORT_DIGITS = 12
+SHA256, BLAKE3 = "sha256", "blake3"
 
 _CHUNK_BYTES = 1 << 20
 _MAX_HASHES = MAX_FILES
+_NEW: Mapping[str, Callable[[], Any]] = {SHA256: hashlib.sha256, BLAKE3: blake3}
 _TICK_NS = 100_000_000
 # Pickles can run code when they are read, and Python's files are code.
 _REFUSED = {
@@ -29,6 +34,8 @@ OnBytes = Callable[[int], None]
 """Told how many more bytes were read."""
 OnProgress = Callable[[int, int], None]
 """Told how many bytes of how many were read."""
+Digests = Mapping[str, str]
+"""Of one file, in hexadecimal, by the name of the hash."""
 
 
 def list_files(directory: Path, root: Path | None = None) -> dict[str, Path]:
@@ -70,36 +77,49 @@ def resolve_below(directory: Path, relative: str) -> Path:
     return directory / pure
 
 
-def sha256_of(path: Path, on_bytes: OnBytes | None = None) -> str:
-    """A file's SHA-256 in hexadecimal, read piece by piece, or known if it has not changed since."""
+def digests_of(path: Path, kinds: Iterable[str], on_bytes: OnBytes | None = None) -> Digests:
+    """A file's digests, all of one reading, piece by piece; known ones if it has not changed since."""
     with path.open("rb", buffering=0) as file:
         before = _state_of(os.fstat(file.fileno()))
-        if (known := _hashes.get(before)) is not None:
+        known = _digests.get(before, {})
+        hashes = {kind: _NEW[kind]() for kind in kinds if kind not in known}
+        if not hashes:
             if on_bytes is not None:
                 on_bytes(before.num_bytes)
             return known
         # The clock of files is coarse: a second write in one of its ticks would leave no trace.
         is_settled = time.time_ns() - before.ctime_ns > _TICK_NS
-        digest, room = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+        room = memoryview(bytearray(_CHUNK_BYTES))
         while num_bytes := file.readinto(room):
-            digest.update(room[:num_bytes])
+            for each in hashes.values():
+                each.update(room[:num_bytes])
             if on_bytes is not None:
                 on_bytes(num_bytes)
+        found = {**known, **{kind: each.hexdigest() for kind, each in hashes.items()}}
         if is_settled and _state_of(os.fstat(file.fileno())) == before:
-            while len(_hashes) >= _MAX_HASHES:
-                _hashes.pop(next(iter(_hashes)), None)
-            _hashes[before] = digest.hexdigest()
-    return digest.hexdigest()
+            while len(_digests) >= _MAX_HASHES:
+                _digests.pop(next(iter(_digests)), None)
+            _digests[before] = found
+    return found
 
 
 def hash_files(files: Mapping[str, Path], on_progress: OnProgress | None = None) -> dict[str, str]:
-    """SHA-256 of each file by its path, without the manifest's own.
+    """SHA-256 of each file by its path, without the manifest's own; raises as `digest_files`."""
+    return {path: found[SHA256] for path, found in digest_files(files, on_progress).items()}
+
+
+def digest_files(
+    files: Mapping[str, Path],
+    on_progress: OnProgress | None = None,
+    kinds_of: Callable[[str], Iterable[str]] = lambda path: (SHA256,),
+) -> dict[str, Digests]:
+    """Digests of each file by its path, of at least those kinds, without the manifest's own.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     mine = {name: path for name, path in files.items() if name != MANIFEST_FILE}
-    hashes: dict[str, str] = {}
+    found: dict[str, Digests] = {}
     try:
         num_total = sum(path.stat().st_size for path in mine.values())
         num_done = 0
@@ -111,10 +131,10 @@ def hash_files(files: Mapping[str, Path], on_progress: OnProgress | None = None)
                 on_progress(num_done, num_total)
 
         for name, path in mine.items():
-            hashes[name] = sha256_of(path, count)
+            found[name] = digests_of(path, kinds_of(name), count)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
-    return hashes
+    return found
 
 
 def content_version(hashes: Mapping[str, str]) -> str:
@@ -138,7 +158,7 @@ class FileState:
 
 
 # Of files as they were, the oldest first.
-_hashes: dict[FileState, str] = {}
+_digests: dict[FileState, Digests] = {}
 
 
 @dataclass(frozen=True, slots=True)

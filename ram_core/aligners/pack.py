@@ -9,7 +9,15 @@ from pathlib import Path
 
 import msgspec
 
-from ram_core.aligners.files import OnProgress, content_version, hash_files, list_files, resolve_below
+from ram_core.aligners.files import (
+    BLAKE3,
+    SHA256,
+    OnProgress,
+    content_version,
+    digest_files,
+    list_files,
+    resolve_below,
+)
 from ram_core.aligners.manifest import (
     OWN_TERMS,
     FileRecord,
@@ -54,13 +62,17 @@ def pack(directory: Path, wishes: Wishes, on_progress: OnProgress | None = None)
         raise CheckpointError(f"`{directory}`: no such directory")
     before = read_manifest(directory)
     paths = list_files(directory)
-    hashes = hash_files(paths, on_progress)
-    files = {path: FileRecord(digest, paths[path].stat().st_size) for path, digest in hashes.items()}
+    digests = digest_files(paths, on_progress, lambda path: (SHA256, BLAKE3))
+    files = {
+        path: FileRecord(found[SHA256], paths[path].stat().st_size, found[BLAKE3])
+        for path, found in digests.items()
+    }
     said = {field: getattr(before, field) for field in Manifest.__struct_fields__} if before else {}
     said |= {name: wish for name in _PLAIN_WISHES if (wish := getattr(wishes, name)) is not None}
     said.setdefault("name", directory.resolve().name)
     said["provenance"] = {**said.get("provenance", {}), **(wishes.provenance or {})}
-    is_same = before is not None and before.files == files
+    hashes = _hashes(files)
+    is_same = before is not None and _hashes(before.files) == hashes
     if wishes.version is None and not is_same:
         said["version"] = content_version(hashes)
     if said.get("kl_threshold") == math.inf:
@@ -89,6 +101,11 @@ _PLAIN_WISHES = (
     "candidates",
     "license",
 )
+
+
+def _hashes(files: Mapping[str, FileRecord]) -> dict[str, str]:
+    """What every manifest has of a file, and what versions are called by."""
+    return {path: record.sha256 for path, record in files.items()}
 
 
 def _fingerprint(directory: Path, terms: tuple[Term, ...]) -> str:

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ram_core.aligners.files import (
+    BLAKE3,
+    SHA256,
     OnProgress,
     Snapshot,
     content_version,
+    digest_files,
     hash_files,
     list_files,
     resolve_below,
@@ -39,6 +42,9 @@ from ram_core.models.weight_files import read_header
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+
+_HASH_NAMES = {SHA256: "SHA-256", BLAKE3: "BLAKE3"}
 
 
 def verify(
@@ -259,17 +265,31 @@ class _Verifier:
 
 
 def compare_hashes(
-    manifest: Manifest, files: Mapping[str, Path], on_progress: OnProgress | None = None
+    manifest: Manifest,
+    files: Mapping[str, Path],
+    on_progress: OnProgress | None = None,
+    *,
+    one_is_enough: bool = False,
 ) -> None:
     """Read all files, as `list_files` has them, and compare their hashes with the manifest's.
 
+    With `one_is_enough`, of each file only the hash that is computed soonest; otherwise all that there are.
+
     Raises:
-        CheckpointError: a file cannot be read, or is not what the manifest's SHA-256 says.
+        CheckpointError: a file cannot be read, or is not what a hash in the manifest says.
     """
-    found = hash_files(files, on_progress)
-    wrong = [path for path, record in manifest.files.items() if found.get(path) != record.sha256]
-    if wrong:
-        raise CheckpointError(f"`{wrong[0]}` is not what the manifest's SHA-256 says{_more(wrong)}")
+    wanted = {path: dict(record.digests) for path, record in manifest.files.items()}
+    if one_is_enough:
+        wanted = {path: dict([next(iter(digests.items()))]) for path, digests in wanted.items()}
+    found = digest_files(files, on_progress, lambda path: wanted.get(path, ()))
+    for kind, name in _HASH_NAMES.items():
+        wrong = [
+            path
+            for path, digests in wanted.items()
+            if kind in digests and found.get(path, {}).get(kind) != digests[kind]
+        ]
+        if wrong:
+            raise CheckpointError(f"`{wrong[0]}` is not what the manifest's {name} says{_more(wrong)}")
 
 
 def _require_listed(manifest: Manifest, present: Mapping[str, int]) -> None:

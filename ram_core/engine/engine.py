@@ -80,7 +80,11 @@ class Engine:
         self._in_flight: deque[list[LaunchedStep]] = deque()
         self._counts: Counter[str] = Counter()
         newcomers = Newcomers(
-            bank.terms, lambda: list(bank.group_by_name.values()), lambda: list(bank.pools.values())
+            bank.terms,
+            lambda: list(bank.group_by_name.values()),
+            lambda: list(bank.pools.values()),
+            # Elsewhere the steps' work is on other cores.
+            lambda: device == "cpu" and bool(self._scheduler.running),
         )
         self._turnover = Turnover(
             bank,

@@ -15,6 +15,7 @@ from ram_core.engine.config import EngineConfig
 from ram_core.engine.device import beside_steps
 from ram_core.engine.load_groups import architecture, load_stacked, stack_loras
 from ram_core.engine.messages import LoadAligner
+from ram_core.engine.pace import Pace
 from ram_core.engine.plan import size_text
 from ram_core.engine.room import expected_bytes, is_out_of_memory, without_weights
 from ram_core.errors import CheckpointError
@@ -143,8 +144,14 @@ class Newcomers:
     """Brings aligners' models into memory, for the groups and pools of a bank that others use meanwhile."""
 
     def __init__(
-        self, terms: Terms, groups: Callable[[], list[AlignerGroup]], pools: Callable[[], list[KvPool]]
+        self,
+        terms: Terms,
+        groups: Callable[[], list[AlignerGroup]],
+        pools: Callable[[], list[KvPool]],
+        is_busy: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`is_busy` says whether there are steps for which a load has to leave the cores."""
+        self._is_busy = is_busy
         self._terms = terms
         self._groups = groups
         self._pools = pools
@@ -159,10 +166,11 @@ class Newcomers:
         """
         found: list[Newcomer] = []
         left = order.max_bytes
+        pace = Pace(self._is_busy)
         try:
             with beside_steps(self._terms.device):
                 for index, (name, source) in enumerate(order.parts):
-                    share = _Share(progress, index, len(order.parts))
+                    share = _Share(progress, pace, index, len(order.parts))
                     found.append(self._load_one(name, source, left, found, share))
                     left -= found[-1].num_bytes
         except BaseException as error:
@@ -179,6 +187,7 @@ class Newcomers:
         base = source if adapter is None else adapter.base
         config = load_supported_config(name, base, self._terms.config)
         self._terms.check(name, config, source if adapter is None else adapter.tokenizer_source)
+        share.pace.rest()
         if adapter is not None:
             newcomer = self._adapter_in_slot(name, adapter, max_bytes)
             return newcomer or self._own_lora_group(name, adapter, max_bytes, others)
@@ -249,6 +258,7 @@ class Newcomers:
         terms, kind = self._terms, architecture(config)
         is_known = kind in self._conforming
         model = terms.make_shell(config, outline) or terms.load_model(source)
+        share.pace.rest()
         with StoredWeights(resolve_source(source, with_weights=True), share.read) as stored:
             if not outline.axes or unstackable_reason(model) or not fits_as_stored(model, stored):
                 return None
@@ -334,15 +344,17 @@ class Newcomers:
 class _Share:
     """How much of a load is done when so much of one of its parts was read."""
 
-    def __init__(self, progress: Callable[[float], None], index: int, num_parts: int) -> None:
+    def __init__(self, progress: Callable[[float], None], pace: Pace, index: int, num_parts: int) -> None:
         self.total = 0
+        self.pace = pace
         self._progress = progress
         self._index, self._num_parts = index, num_parts
         self._num_read = 0
         self._told = 0.0
 
     def read(self, num_bytes: int) -> None:
-        """Tell of it, in steps of some size."""
+        """Rest after it, and tell of it, in steps of some size."""
+        self.pace.rest()
         self._num_read += num_bytes
         done = min(self._num_read / self.total, 1.0) if self.total else 0.0
         if done - self._told >= _PROGRESS_STEP:

@@ -19,7 +19,8 @@ from ram_core.errors import CheckpointError
 from ram_core.models.weight_files import TensorHeader, read_header_of, weight_files
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_PIECE_BYTES = 1 << 24
+_PIECE_BYTES = 1 << 22
+"""It is looked at while it is in the cores' cache, and no step beside it waits for long."""
 
 OnRead = Callable[[int], None]
 """Told how many bytes were read since the last time."""

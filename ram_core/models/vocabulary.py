@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from ram_core.errors import CheckpointError, VocabularyMismatch
 from ram_core.models.source import one_line, resolve_source
@@ -34,6 +35,10 @@ _OTHER_FILES = {"aligner.json", "config.json", "generation_config.json"}
 _SECTIONS = {"normalizer": "normalizer", "pre_tokenizer": "pre-tokenizer"}
 # For tokenizers without a tokenizer.json: they must cut this alike.
 _SAMPLE = "  Naïve façade: 12345 e-mails, don't “quote” me…\n\tif x==1:\n\t\tÀ bientôt, 東京 🙂🏽 ﬁn"
+
+
+# How many tokens each had, and its size then: none ever gives one up.
+_sizes: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, int]] = WeakKeyDictionary()
 
 
 def load_tokenizer(source: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -73,7 +78,12 @@ def describes_tokens(file_name: str) -> bool:
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """One more than the highest id that a token has: ids from here on must not be sampled."""
-    return int(max(tokenizer.get_vocab().values())) + 1
+    num_tokens, size = _sizes.get(tokenizer, (-1, 0))
+    # Counting is quick; all tokens take ten milliseconds, in which nothing else of Python runs.
+    if num_tokens != len(tokenizer):
+        size = int(max(tokenizer.get_vocab().values())) + 1
+        _sizes[tokenizer] = (len(tokenizer), size)
+    return size
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

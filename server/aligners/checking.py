@@ -161,4 +161,5 @@ class Checker:
             if self._closing.is_set():
                 raise CheckpointError("the server is ending")
 
-        compare_hashes(known.manifest, list_files(known.directory, known.root), on_progress)
+        files = list_files(known.directory, known.root)
+        compare_hashes(known.manifest, files, on_progress, one_is_enough=True)

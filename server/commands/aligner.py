@@ -186,7 +186,7 @@ def _manifest_table(manifest: Manifest) -> Table:
         "candidates": "not given" if manifest.candidates is None else str(manifest.candidates),
         "tokenizer": manifest.tokenizer or "not given",
         "license": manifest.license or "not given",
-        "files": f"{len(manifest.files)} with SHA-256" if manifest.files else "not listed",
+        "files": f"{len(manifest.files)} with hashes" if manifest.files else "not listed",
         **{f"provenance: {key}": value for key, value in sorted(manifest.provenance.items())},
     }
     table = new_table("", "")

@@ -37,6 +37,7 @@ from ram_core.engine.messages import (
     Request,
     TokenEvent,
 )
+from ram_core.engine.pace import Pace
 from ram_core.engine.room import without_weights
 from ram_core.errors import AlignerUnavailable, CheckpointError
 from ram_core.models import stored
@@ -431,6 +432,35 @@ def test_a_load_leaves_the_process_as_it_was(engine: Engine, sources: dict[str, 
         assert settings() == before
     finally:
         torch.set_num_threads(num_threads)
+
+
+def test_a_load_paces_itself_while_sequences_run_and_only_then(
+    engine: Engine, sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests: list[bool] = []
+
+    class Watched(Pace):
+        def rest(self) -> None:
+            rests.append(self._is_busy())
+
+    monkeypatch.setattr(newcomers, "Pace", Watched)
+    monkeypatch.setattr(stored, "_PIECE_BYTES", 1 << 10)
+    assert isinstance(bring(engine, "new@2", sources["third"]), AlignerLoaded)
+    # After each piece, so that none is long.
+    num_pieces = (sources["third"] / "model.safetensors").stat().st_size >> 10
+    assert len(rests) > num_pieces
+    assert not any(rests)
+    let_go(engine, "new@2")
+    engine.handle(Request("r", PROMPTS[3], LONG, using("polite@1")))
+    engine.step()
+    rests.clear()
+    engine.handle(order("new@2", sources["third"]))
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(isinstance(told, AlignerLoaded) for told in engine.tend()):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert len(rests) > num_pieces
+    assert all(rests)
 
 
 def test_freeing_waits_for_the_steps_that_may_still_read(engine: Engine, sources: dict[str, Path]) -> None:

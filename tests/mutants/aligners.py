@@ -210,7 +210,8 @@ ALIGNER_MUTANTS = [
         ("if base.exists() and self._is_outside(base):", "if False:"),
         ("_require_listed(manifest, present)", "pass"),
         ("    if unlisted:", "    if False:"),
-        ("found.get(path) != record.sha256", "False"),
+        ("found.get(path, {}).get(kind) != digests[kind]", "False"),
+        ("    if one_is_enough:", "    if True:"),
         (
             "if reason := unsupported_reason(config):\n            raise CheckpointError(reason)",
             "if reason := unsupported_reason(config):\n            pass",

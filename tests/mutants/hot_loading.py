@@ -22,6 +22,8 @@ _MAPPED = f"{_HOT}::test_nothing_is_served_from_files_that_are_mapped_into_memor
 _CUT_OFF = f"{_HOT}::test_a_file_that_is_cut_off_while_it_is_read_is_an_error_and_no_more"
 _AS_IT_WAS = f"{_HOT}::test_a_load_leaves_the_process_as_it_was"
 
+_PACED = f"{_HOT}::test_a_load_paces_itself_while_sequences_run_and_only_then"
+
 HOT_LOADING_MUTANTS = [
     *mutants(
         "ram_core/engine/turnover.py",
@@ -83,6 +85,23 @@ HOT_LOADING_MUTANTS = [
         _AS_IT_WAS,
         ("        torch.set_num_threads(num_threads)", "        pass"),
         ("            sys.setswitchinterval(before_s)", "            pass"),
+    ),
+    *mutants(
+        "ram_core/engine/pace.py",
+        "tests/unit/test_pace.py",
+        ("while self._is_busy() and", "while"),
+        ("self._worked_s = (now_s - self._worked_s) * self._ratio, now_s", "_ = now_s * self._ratio, now_s"),
+        ("(1 - share) / share", "1 / share"),
+    ),
+    *mutants(
+        "ram_core/engine/newcomers.py",
+        _PACED,
+        ("        self.pace.rest()\n", "        pass\n"),
+    ),
+    *mutants(
+        "ram_core/engine/engine.py",
+        _PACED,
+        ('device == "cpu" and bool(self._scheduler.running)', "True"),
     ),
     *mutants(
         "ram_core/engine/residents.py",

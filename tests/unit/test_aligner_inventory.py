@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from ram_core.aligners.manifest import Manifest, Term, write_manifest
+from ram_core.aligners.manifest import FileRecord, Manifest, Term, write_manifest
 from ram_core.aligners.pack import Wishes, pack
 from ram_core.aligners.sizes import count_weights
 from ram_core.aligners.states import VersionKey
@@ -143,9 +144,33 @@ def test_hashes_are_compared_after_the_rest_and_have_the_last_word(pair, tmp_pat
     weights.write_bytes(raw)
     assert checker.is_doubtful(known)
     checker.check(known)
-    with pytest.raises(CheckpointError, match="not what the manifest's SHA-256 says"):
+    with pytest.raises(CheckpointError, match="not what the manifest's BLAKE3 says"):
         checker.require_unchanged(known)
     assert checker.is_doubtful(known)
+
+
+@pytest.mark.parametrize("kind", ["sha256", "blake3"])
+def test_a_load_compares_the_hash_that_is_computed_soonest_and_manifests_without_it_stay_valid(
+    pair, tmp_path, checker, kind
+):
+    _, model = pair
+    path = put(model, tmp_path / "polite" / "1")
+    manifest = pack(path, Wishes(name="polite", version="1"))
+    records = manifest.files
+    if kind == "sha256":
+        records = {name: FileRecord(each.sha256, each.bytes) for name, each in records.items()}
+
+    def require_sound(files: dict[str, FileRecord]) -> None:
+        write_manifest(path, msgspec.structs.replace(manifest, files=files))
+        known = from_settings("polite", str(path))
+        checker.check(known)
+        checker.require_unchanged(known)
+
+    require_sound(records)
+    name = "model.safetensors"
+    wrong = records | {name: msgspec.structs.replace(records[name], **{kind: "0" * 64})}
+    with pytest.raises(CheckpointError, match=f"`{name}` is not what the manifest's"):
+        require_sound(wrong)
 
 
 def test_what_was_counted_of_versions_that_are_gone_is_not_lost():

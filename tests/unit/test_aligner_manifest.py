@@ -73,7 +73,7 @@ def test_what_is_written_is_read_again_and_is_always_the_same_text(tmp_path):
         candidates=20,
         license="Apache-2.0",
         provenance={"z": "last", "a": "first \u2028"},
-        files={"b": FileRecord(SHA, 2), "a/c": FileRecord("f" * 64, 0)},
+        files={"b": FileRecord(SHA, 2, "e" * 64), "a/c": FileRecord("f" * 64, 0)},
     )
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
@@ -144,6 +144,7 @@ def test_no_manifest_is_none(tmp_path):
         ({"files": {MANIFEST_FILE: {"sha256": SHA, "bytes": 1}}}, "`files`"),
         ({"files": {"a": {"sha256": "0" * 63, "bytes": 1}}}, "`sha256`"),
         ({"files": {"a": {"sha256": SHA, "bytes": -1}}}, "`bytes`"),
+        ({"files": {"a": {"sha256": SHA, "bytes": 1, "blake3": "0" * 63}}}, "`blake3`"),
         ({"files": {"a": SHA}}, "$.files"),
         ({"provenance": {"a": 1}}, "$.provenance"),
     ],

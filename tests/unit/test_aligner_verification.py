@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -183,6 +184,26 @@ def add(directory: Path) -> None:
 def test_files_that_are_not_those_of_the_manifest_are_found(polite, change, reason):
     change(polite)
     assert reason in failure(verify(polite), "hashes")
+
+
+@pytest.mark.parametrize(("kind", "told"), [("sha256", "SHA-256"), ("blake3", "BLAKE3")])
+def test_each_hash_in_a_manifest_is_compared(polite, kind, told):
+    manifest = read_manifest(polite)
+    record = msgspec.structs.replace(manifest.files["config.json"], **{kind: "0" * 64})
+    files = {**manifest.files, "config.json": record}
+    write_manifest(polite, msgspec.structs.replace(manifest, files=files))
+    assert f"`config.json` is not what the manifest's {told} says" in failure(verify(polite), "hashes")
+
+
+def test_manifests_without_blake3_stay_valid_and_get_it_when_packed_again(polite):
+    manifest = pack(polite, Wishes(version="7"))
+    assert all(record.blake3 for record in manifest.files.values())
+    plain = {path: FileRecord(each.sha256, each.bytes) for path, each in manifest.files.items()}
+    before = msgspec.structs.replace(manifest, files=plain)
+    write_manifest(polite, before)
+    assert b"blake3" not in (polite / MANIFEST_FILE).read_bytes()
+    verify(polite).require_sound()
+    assert pack(polite, Wishes()) == manifest, "the files are the same, so the version is"
 
 
 def test_a_file_of_another_size_is_found_before_it_is_hashed(polite):

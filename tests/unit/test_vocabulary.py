@@ -132,6 +132,13 @@ def test_the_size_counts_up_to_the_highest_id():
     assert vocabulary_size(tokenizer) == 301
 
 
+def test_the_size_is_counted_once(monkeypatch):
+    tokenizer = make_tokenizer()
+    assert vocabulary_size(tokenizer) == 300
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda self: pytest.fail("counted again"))
+    assert vocabulary_size(tokenizer) == 300
+
+
 def test_fingerprints_tell_vocabularies_apart_and_stay():
     assert fingerprint(make_tokenizer()) == fingerprint(make_tokenizer())
     assert fingerprint(make_tokenizer()) != fingerprint(make_tokenizer(301))
