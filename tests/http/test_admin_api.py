@@ -28,6 +28,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdminHouse]:
 def test_everything_about_an_aligner_is_told(house):
     house.do("polite", "load")
     house.text_of("polite")
+    # An answer is read before what it used is given back.
+    wait_until(lambda: house.get("polite")["versions"][0]["references"] == 0)
     told = house.admin.get(ALIGNERS).json()
     assert told["object"] == "list"
     assert 0 < told["held_bytes"] <= told["memory_bytes"]
