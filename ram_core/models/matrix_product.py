@@ -2,8 +2,8 @@
 
 A decoding step multiplies a few rows by every weight, so weights come from memory, not from a cache, and
 libraries made for large matrices wait for them. A weight lies in panels of 16 outputs, each one stream from
-its first input to its last, which is asked for before it is needed. With 8 rows and fewer that takes half to
-three quarters of oneDNN's time, with 32 rows nine tenths, with hundreds the same (`python -m
+its first input to its last, which is asked for before it is needed. With 8 rows and fewer that takes two
+thirds to four fifths of oneDNN's time, with more about the same (`python -m
 benchmarks.products`).
 
 Every output is a sum of sums over 256 inputs, in their order, each term added by a fused multiplication. So
