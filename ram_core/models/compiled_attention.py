@@ -8,9 +8,7 @@ row's bits depend on nothing but itself. For float32 on CPU.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, NamedTuple
-from zlib import crc32
 
 import numpy as np
 import torch
@@ -19,8 +17,8 @@ from torch import Tensor
 
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch
-from ram_core.resampling import kernel, threads
-from ram_core.resampling.compiled import F32, I64, entry, inner, prefetch
+from ram_core.resampling import kernel
+from ram_core.resampling.compiled import F32, I64, entry, inner, made_of, prefetch
 from ram_core.resampling.kernel import exp, find_top
 from ram_core.resampling.threads import in_parallel
 
@@ -236,8 +234,8 @@ def _attend_part(
         _attend(layer, rows, shape, scores, scale, window, row, heads)
 
 
-def _compile(made_of: int) -> Any:
-    """numba's cache on disk looks at one file; what else the code is made of becomes part of its key."""
+def _compile(key: int) -> Any:
+    """`key` is what numba's cache tells versions of this code by, besides this file."""
 
     @entry
     def attend_rows(
@@ -250,10 +248,10 @@ def _compile(made_of: int) -> Any:
         num_threads: int,
     ) -> None:
         """All rows, each run of `heads_at_once` heads by one thread."""
-        assert made_of >= 0
+        assert key >= 0
         in_parallel(_attend_part, (layer, rows, shape, scale, window, heads_at_once), num_threads)
 
     return attend_rows
 
 
-attend_rows = _compile(crc32(Path(kernel.__file__).read_bytes() + Path(threads.__file__).read_bytes()))
+attend_rows = _compile(made_of(kernel))

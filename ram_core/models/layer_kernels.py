@@ -8,17 +8,15 @@ columns, so that each thread goes on with the numbers that it has just written.
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ram_core.resampling import kernel, threads
-from ram_core.resampling.compiled import F32, entry, inner
+from ram_core.resampling import kernel
+from ram_core.resampling.compiled import F32, entry, inner, made_of
 from ram_core.resampling.kernel import exp
 from ram_core.resampling.threads import in_parallel
 
@@ -135,8 +133,8 @@ def _rotate_part(x: F32, cos: F32, sin: F32, out: F32, first: int, count: int) -
             _rotate_one(x[token, head], cos[token], sin[token], out[token, head])
 
 
-def _compile(made_of: int) -> tuple[Any, Any, Any]:
-    """numba's cache on disk looks at one file; what else the code is made of becomes part of its key."""
+def _compile(key: int) -> tuple[Any, Any, Any]:
+    """`key` is what numba's cache tells versions of this code by, besides this file."""
 
     @entry
     def norm_rows(
@@ -148,22 +146,20 @@ def _compile(made_of: int) -> tuple[Any, Any, Any]:
         out: F32,
         num_threads: int,
     ) -> None:
-        assert made_of >= 0
+        assert key >= 0
         in_parallel(_norm_part, (x, weight, rows_a_weight, eps, shift, out), num_threads)
 
     @entry
     def silu_columns(gate: F32, other: F32, out: F32, num_threads: int) -> None:
-        assert made_of >= 0
+        assert key >= 0
         in_parallel(_silu_part, (gate, other, out), num_threads)
 
     @entry
     def rotate_heads(x: F32, cos: F32, sin: F32, out: F32, num_threads: int) -> None:
-        assert made_of >= 0
+        assert key >= 0
         in_parallel(_rotate_part, (x, cos, sin, out), num_threads)
 
     return norm_rows, silu_columns, rotate_heads
 
 
-_norm_rows, _silu_columns, _rotate_heads = _compile(
-    crc32(Path(kernel.__file__).read_bytes() + Path(threads.__file__).read_bytes())
-)
+_norm_rows, _silu_columns, _rotate_heads = _compile(made_of(kernel))

@@ -12,7 +12,6 @@ a row's product is the same, bit for bit, whatever rows are beside it and howeve
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -25,8 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from ram_core.resampling import threads
-from ram_core.resampling.compiled import F32, ask_for_memory, entry, inner
+from ram_core.resampling.compiled import F32, ask_for_memory, entry, inner, made_of
 from ram_core.resampling.threads import in_parallel
 
 PANEL = 16
@@ -223,12 +221,12 @@ def _lay_out_part(weight: F32, panels: F32, first: int, count: int) -> None:
             panels[panel, rest, num_own:] = 0
 
 
-def _compile(made_of: int) -> tuple[Any, Any]:
-    """numba's cache on disk looks at one file; what else the code is made of becomes part of its key."""
+def _compile(key: int) -> tuple[Any, Any]:
+    """`key` is what numba's cache tells versions of this code by, besides this file."""
 
     @entry
     def multiply_rows(x: F32, panels: F32, bias: F32, out: F32, num_threads: int) -> None:
-        assert made_of >= 0
+        assert key >= 0
         rows = x
         if len(x) > 1 and x.shape[1] % _COLLIDING == 0:
             rows = np.empty((len(x), x.shape[1] + _APART), np.float32)
@@ -237,10 +235,10 @@ def _compile(made_of: int) -> tuple[Any, Any]:
 
     @entry
     def lay_out_panels(weight: F32, panels: F32, num_threads: int) -> None:
-        assert made_of >= 0
+        assert key >= 0
         in_parallel(_lay_out_part, (weight, panels), num_threads)
 
     return multiply_rows, lay_out_panels
 
 
-_multiply, _lay_out = _compile(crc32(Path(threads.__file__).read_bytes() + bytes(_HEIGHTS)))
+_multiply, _lay_out = _compile(made_of() ^ crc32(bytes(_HEIGHTS)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 from llvmlite import ir
@@ -11,6 +14,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from ram_core.resampling import threads
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
@@ -96,6 +101,15 @@ def entry(function: Callable[..., Any]) -> Any:
         return njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # Neither the package's nor the user's cache directory can be written.
         return njit(nogil=True, error_model="numpy")(function)
+
+
+def made_of(*modules: ModuleType) -> int:
+    """A number for the code of modules, of this one and of `threads`; for what compiled functions close over.
+
+    numba's cache on disk looks at one file alone: what else its code is made of becomes part of its key.
+    """
+    files = [str(module.__file__) for module in (*modules, threads)] + [__file__]
+    return crc32(b"".join(Path(file).read_bytes() for file in files))
 
 
 def ask_for_memory(builder: Any, place: Any) -> None:

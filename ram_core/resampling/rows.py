@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
-from zlib import crc32
 
 import numpy as np
 
-from ram_core.resampling import kernel, threads
-from ram_core.resampling.compiled import F32, I64, Asked, Logits, Room, Told, entry, inner
+from ram_core.resampling import kernel
+from ram_core.resampling.compiled import F32, I64, Asked, Logits, Room, Told, entry, inner, made_of
 from ram_core.resampling.kernel import (
     draw,
     drop,
@@ -136,8 +134,8 @@ def _draw_part(
         _draw_row(logits, asked, told, room, rows[i], eos_ids, size)
 
 
-def _compile(made_of: int) -> Any:
-    """numba's cache on disk looks at one file; what else the code is made of becomes part of its key."""
+def _compile(key: int) -> Any:
+    """`key` is what numba's cache tells versions of this code by, besides this file."""
 
     @entry
     def draw_rows(
@@ -151,10 +149,10 @@ def _compile(made_of: int) -> Any:
         num_threads: int,
     ) -> None:
         """Draw `rows`; `told` holds zeros before, `rooms` has memory for each thread."""
-        assert made_of >= 0
+        assert key >= 0
         in_parallel(_draw_part, (logits, asked, told, rooms, rows, eos_ids, size), num_threads)
 
     return draw_rows
 
 
-draw_rows = _compile(crc32(Path(kernel.__file__).read_bytes() + Path(threads.__file__).read_bytes()))
+draw_rows = _compile(made_of(kernel))
