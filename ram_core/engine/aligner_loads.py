@@ -15,7 +15,7 @@ from ram_core.engine.messages import AlignerFailed, AlignerProgress, LoadAligner
 from ram_core.engine.newcomers import Newcomer
 from ram_core.errors import RamError
 from ram_core.models.source import one_line
-from ram_core.niceness import give_way
+from ram_core.niceness import LOADING, give_way
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +85,11 @@ class AlignerLoads:
         torch.set_num_threads(num_threads)
 
     def _run(self, order: LoadAligner, has_begun: threading.Event) -> None:
-        # Not to fight the steps for all cores at once, nor as an equal for the last of them.
+        # Not to fight the steps for all cores at once, nor as an equal for the last of them. A thread's first
+        # look at the number gives it everybody's: what is set before that does not last.
+        torch.get_num_threads()
         torch.set_num_threads(1)
-        give_way()
+        give_way(LOADING)
         has_begun.set()
         before_s = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_S)

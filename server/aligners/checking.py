@@ -11,7 +11,7 @@ from ram_core.aligners.files import Snapshot, list_files, take_snapshot
 from ram_core.aligners.sizes import WeightCount, count_weights
 from ram_core.aligners.states import VersionKey
 from ram_core.errors import CheckpointError
-from ram_core.niceness import give_way
+from ram_core.niceness import CHECKING, give_way
 from server.aligners.known import KnownVersion
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Checker:
             return hashes
 
         def work() -> None:
-            give_way()
+            give_way(CHECKING)
             try:
                 self._compare_hashes(known)
             except Exception as error:

@@ -1,0 +1,38 @@
+"""A load takes what the steps leave it."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import torch
+
+from ram_core.engine.aligner_loads import AlignerLoads, Arrived
+from ram_core.engine.messages import LoadAligner
+from ram_core.niceness import LOADING
+
+
+def test_a_load_computes_on_one_thread_and_after_the_steps() -> None:
+    seen: list[tuple[int, int]] = []
+    has_begun, is_done = threading.Event(), threading.Event()
+
+    def work(order: LoadAligner, progress: object) -> list[object]:
+        # Until the step's own thread has set its number again.
+        assert has_begun.wait(10)
+        priority = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        seen.append((torch.get_num_threads(), priority))
+        return []
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        loads = AlignerLoads(work, is_done.set)  # type: ignore[arg-type]
+        loads.begin(LoadAligner("new@1", (("new@1", "/nowhere"),), max_bytes=0))
+        has_begun.set()
+        assert is_done.wait(10)
+        [arrived] = loads.take()
+        assert isinstance(arrived, Arrived)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(num_threads)
+    assert seen == [(1, os.getpriority(os.PRIO_PROCESS, 0) + LOADING)]
