@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -17,6 +16,7 @@ from ram_core.engine.roll import Roll
 from ram_core.errors import CheckpointError
 from ram_core.models.backends import least_page_size
 from ram_core.models.kv import KvPool
+from ram_core.models.loading import architecture
 from ram_core.models.lora import LoraConfig, LoraLayer, load_lora
 from ram_core.models.lora_stack import LoraStack, linear_shapes
 from ram_core.models.packing import Row, pack
@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 Load = Callable[[str], PagedModel]
 """Loads an aligner's model, or its base, and checks it by itself."""
 
-# What a config says that changes no logits.
-_WORDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 _PAGE_SIZE = 4
 _PAGES = 2
 # Of each slot's two rows; in the second batch the first has one token and the second has more.
@@ -115,12 +113,6 @@ def _together(names: Iterable[str], kind: Callable[[str], str]) -> list[list[str
     for name in names:
         found.setdefault(kind(name), []).append(name)
     return list(found.values())
-
-
-def architecture(config: PretrainedConfig) -> str:
-    """The same for two configs if their models differ in weights alone."""
-    said = {name: value for name, value in config.to_dict().items() if name not in _WORDS}
-    return json.dumps([type(config).__qualname__, said], sort_keys=True, default=str)
 
 
 def load_stacked(

@@ -11,6 +11,8 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from ram_core.models.source import one_line, resolve_source
 from ram_core.models.tensor_parallel import parallel_options
 from ram_core.models.weight_files import FLOAT_DTYPES, TensorHeader, checkpoint_bytes, read_checkpoint_headers
 
+# What a config says that changes no logits.
+_WORDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _PLAIN_LAYERS = {"full_attention", "sliding_attention"}
@@ -113,7 +117,12 @@ def check_weights(source: str, config: PreTrainedConfig, *, trust_remote_code: b
     directory = resolve_source(source, with_weights=True)
     try:
         headers = read_checkpoint_headers(directory)
-        skeleton = build_skeleton(config, trust_remote_code=trust_remote_code)
+        # Code of a checkpoint's own may differ where its config says the same.
+        skeleton = (
+            build_skeleton(config, trust_remote_code=True)
+            if trust_remote_code
+            else _known_skeleton(_Architecture(architecture(config), config))
+        )
         if not is_quantized(config):
             _check_dtypes(skeleton, headers)
             _check_names(skeleton, headers)
@@ -142,6 +151,26 @@ def build_skeleton(
     except Exception as error:  # Whatever senseless numbers make of the model's class.
         raise CheckpointError(f"no model can be built from config.json: {one_line(error)}") from None
     return model.eval()
+
+
+def architecture(config: PreTrainedConfig) -> str:
+    """The same for two configs if their models differ in weights alone."""
+    said = {name: value for name, value in config.to_dict().items() if name not in _WORDS}
+    return json.dumps([type(config).__qualname__, said], sort_keys=True, default=str)
+
+
+@dataclass(frozen=True, slots=True)
+class _Architecture:
+    """A config, and all that is looked at to tell it from another."""
+
+    said: str
+    config: PreTrainedConfig = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _known_skeleton(kind: _Architecture) -> PreTrainedModel:
+    """For names and shapes alone; aligners that are verified one after the other are of few architectures."""
+    return build_skeleton(kind.config)
 
 
 def unsupported_reason(config: PreTrainedConfig) -> str | None:

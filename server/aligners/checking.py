@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ram_core.aligners.files import Snapshot, list_files, take_snapshot
+from ram_core.aligners.files import Snapshot, list_files, read_ahead, take_snapshot
 from ram_core.aligners.sizes import WeightCount, count_weights
 from ram_core.aligners.states import VersionKey
 from ram_core.errors import CheckpointError
@@ -67,6 +67,7 @@ class Checker:
         self._doubtful.add(known.key)
         # Before anything is read, so that what changes from now on is found in the end.
         snapshot = take_snapshot(known.directory, known.root)
+        self._begin_reading(snapshot)
         hashes = self._begin_hashing(known)
         report = verify(
             known.directory,
@@ -134,6 +135,20 @@ class Checker:
         except CheckpointError:
             self.forget(known.key)
         return None
+
+    def _begin_reading(self, snapshot: Snapshot) -> None:
+        """Have the disk busy from now on: the engine and the hashes read the same soon.
+
+        Small files come first: else whoever reads them now waits for what was asked for of large ones.
+        """
+        sizes = {snapshot.directory / name: state.num_bytes for name, state in snapshot.files.items()}
+        paths = sorted(sizes, key=lambda path: sizes[path])
+
+        def work() -> None:
+            give_way(CHECKING)
+            read_ahead(paths, lambda: not self._closing.is_set())
+
+        threading.Thread(target=work, name="ram-read-ahead", daemon=True).start()
 
     def _begin_hashing(self, known: KnownVersion) -> Future[None]:
         """Compare all hashes in a thread of its own, which takes little from the steps."""
