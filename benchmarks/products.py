@@ -59,7 +59,7 @@ def ways(shapes: Sequence[tuple[int, int]]) -> dict[str, list[Product]]:
     found: dict[str, list[Product]] = {"ours": [], "oneDNN": [], "plain": []}
     for num_out, num_in in shapes:
         weight = torch.randn(num_out, num_in)
-        panels, bias = lay_out(weight), lay_out_bias(None, num_out)
+        panels, bias = lay_out([weight], *weight.shape), lay_out_bias(None, num_out)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
         found["ours"].append(lambda x, panels=panels, bias=bias: multiply(x, panels, bias))
         found["oneDNN"].append(

@@ -7,9 +7,11 @@ import threading
 from contextlib import suppress
 
 LOADING, CHECKING = 5, 10
-"""Niceness of a thread whose pace leaves the cores to the steps, and of one that has none. Two threads that wait
-for each other in a busy loop leave a core to no one: at 19, a load of 40 MB got its turns in 4.6 s, and at 5, at
-the same pace, in 0.3. Without a pace, 10 is a tenth of a core."""
+"""Niceness of a thread whose pace leaves the cores to the steps, and of one that has none.
+
+A step's threads wait for each other in a busy loop, and leave no core to anybody: at 19 a load of 40 MB got
+its turns in 4.6 s, and at 5, at the same pace, in 0.3. Without a pace, 10 is a tenth of a core.
+"""
 
 
 def give_way(niceness: int) -> None:

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 
+from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.aligner_loads import AlignerLoads
 from ram_core.engine.bank import PROPOSAL, ModelBank
 from ram_core.engine.config import EngineConfig
@@ -86,12 +87,17 @@ class Engine:
             # Elsewhere the steps' work is on other cores.
             lambda: device == "cpu" and bool(self._scheduler.running),
         )
+
+        def forget(group: AlignerGroup) -> None:
+            self._runner.forget(group)
+            newcomers.keep(group)
+
         self._turnover = Turnover(
             bank,
             self._scheduler,
             AlignerLoads(newcomers.load, lambda: self.wake()),
             self._new_book,
-            self._runner.forget,
+            forget,
         )
         # What was found out between steps, to be told with the next one.
         self._failed: list[Event] = []

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.device import beside_steps
-from ram_core.engine.load_groups import architecture, load_stacked, stack_loras
+from ram_core.engine.load_groups import load_stacked, stack_loras
 from ram_core.engine.messages import LoadAligner
 from ram_core.engine.pace import Pace
 from ram_core.engine.plan import size_text
@@ -22,7 +22,13 @@ from ram_core.errors import CheckpointError
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.conformance import check_conformance, chunked_logits, far_off, plain_logits
 from ram_core.models.kv import KvPool
-from ram_core.models.loading import context_limit, load_config, load_model, unsupported_reason
+from ram_core.models.loading import (
+    architecture,
+    context_limit,
+    load_config,
+    load_model,
+    unsupported_reason,
+)
 from ram_core.models.lora import MAX_RANK, LoraConfig, LoraLayer, is_adapter, load_lora, read_lora_config
 from ram_core.models.lora_stack import LoraStack, linear_shapes
 from ram_core.models.outline import Outline, buffers_of, make_shell, outline_of
@@ -157,6 +163,12 @@ class Newcomers:
         self._pools = pools
         # Of architectures that say the same in a shared module, over pages, as by themselves.
         self._conforming: dict[str, Outline] = {}
+        self._spare: tuple[str, StackedModel] | None = None
+
+    def keep(self, group: AlignerGroup) -> None:
+        """Keep what a group was made of that is gone, for the next of its kind; any thread may call it."""
+        if isinstance(group.served, StackedModel) and group.served.is_worth_keeping:
+            self._spare = group.kind, group.served
 
     def load(self, order: LoadAligner, progress: Callable[[float], None]) -> list[Newcomer]:
         """All parts of an aligner; any thread may call it, but one at a time.
@@ -227,19 +239,39 @@ class Newcomers:
     ) -> Newcomer:
         """A model that shares no module, but with those that come later if slots were asked for."""
         own, kind = self._terms.config, architecture(config)
-        outline = self._conforming.get(kind)
-        outline = outline or outline_of(without_weights(name, config, self._terms.dtype, own))
-        check_size(name, outline.num_bytes, max_bytes)
         num_slots = own.aligner_slots if own.aligner_bank else 1
-        served: PagedModel | StackedModel | None = None
-        if num_slots > 1:
-            served = self._read_stacked(name, source, config, outline, num_slots, share)
-            if served is None:
-                served, _ = load_stacked([name], iter([(name, self._terms.load(name, source))]), num_slots)
+        served: PagedModel | StackedModel | None = self._refill_spare(name, source, kind, max_bytes, share)
+        if served is None:
+            outline = self._conforming.get(kind)
+            outline = outline or outline_of(without_weights(name, config, self._terms.dtype, own))
+            check_size(name, outline.num_bytes, max_bytes)
+            if num_slots > 1:
+                served = self._read_stacked(name, source, config, outline, num_slots, share)
+        if served is None and num_slots > 1:
+            served, _ = load_stacked([name], iter([(name, self._terms.load(name, source))]), num_slots)
         served = served or self._terms.load(name, source)
         num_bytes = served.slot_bytes if isinstance(served, StackedModel) else served.weight_bytes
         group = AlignerGroup(_unique(name), served, [name], kind=kind)
         return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
+
+    def _refill_spare(
+        self, name: str, source: str, kind: str, max_bytes: int, share: _Share
+    ) -> StackedModel | None:
+        """The shared module that the last of a kind left, with a new one's weights; any other is let go."""
+        spare, self._spare = self._spare, None
+        if spare is None or spare[0] != kind:
+            return None
+        stack = spare[1]
+        check_size(name, stack.slot_bytes, max_bytes)
+        with StoredWeights(resolve_source(source, with_weights=True), share.read) as stored:
+            share.total = stored.num_bytes
+            weights = stack.weights_in(stored)
+            if weights is None:
+                return None
+            stack.stage(0, weights)
+        stack.settle(0)
+        stack.paged.name = name
+        return stack
 
     def _read_stacked(
         self,

@@ -112,3 +112,9 @@ def grouped_linear_reference(
         for start, end in spans:
             out[start:end] += linear(x[start:end], weight[slot], own_bias)
     return out
+
+
+def rows_of_layer(is_head: bool) -> RowGroups:
+    """The groups of the rows that a linear layer sees: a head is asked for the wanted logits alone."""
+    groups = current_groups()
+    return groups.logits if is_head else groups.tokens

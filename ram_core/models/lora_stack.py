@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ram_core.errors import CheckpointError
-from ram_core.models.grouped_linear import grouped_linear
+from ram_core.models.grouped_linear import grouped_linear, rows_of_layer
 from ram_core.models.lora import LoraLayer
 from ram_core.models.model_stack import ModelStack, head_of, replace_module
 from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.paged import PagedModel
-from ram_core.models.stacked import Linear, is_linear, rows_of_layer
+from ram_core.models.slot_linear import Linear
+from ram_core.models.stacked import is_linear
 
 _RANK_STEP = 16
 """Ranks on a device are padded to multiples of this, the least that its matrix units take."""

@@ -12,6 +12,7 @@ a row's product is the same, bit for bit, whatever rows are beside it and howeve
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from zlib import crc32
 
@@ -44,11 +45,22 @@ _HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f", False))
 _HEIGHTS = (16, 8, 4, 2, 1) if _HAS_AVX512 else (6, 4, 2, 1, 1)
 
 
-def lay_out(weight: Float[Tensor, "output input"]) -> Float[Tensor, "panel input 16"]:
-    """A weight in panels; the last one is filled up with zeros."""
-    num_out, num_in = weight.shape
-    panels = torch.empty(-(-num_out // PANEL), num_in, PANEL)
-    _lay_out(weight.detach().contiguous().numpy(), panels.numpy(), torch.get_num_threads())
+def lay_out(
+    rows: Iterable[Float[Tensor, "row input"]],
+    num_out: int,
+    num_in: int,
+    room: Float[Tensor, "panel input 16"] | None = None,
+) -> Float[Tensor, "panel input 16"]:
+    """A weight in panels, in `room` if there is any; the last one is filled up with zeros.
+
+    `rows` are all of the weight's, or some at a time: a multiple of 16, but for the last.
+    """
+    panels = torch.empty(-(-num_out // PANEL), num_in, PANEL) if room is None else room
+    begin = 0
+    for part in rows:
+        end = begin + -(-len(part) // PANEL)
+        _lay_out(part.detach().contiguous().numpy(), panels[begin:end].numpy(), torch.get_num_threads())
+        begin = end
     return panels
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import count
 from typing import TypeGuard
 from weakref import WeakValueDictionary
@@ -15,12 +16,23 @@ from ram_core.models.matrix_product import lay_out, lay_out_bias, multiply, plai
 class PackedLinear(nn.Module):
     """A float32 `nn.Linear` on CPU, for inference alone; its plain weight is let go."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(
+        self,
+        layer: nn.Linear,
+        rows: Iterable[Tensor] | None = None,
+        instead_of: PackedLinear | None = None,
+    ) -> None:
+        """`rows` are the layer's weight, as `lay_out` takes it, if it has none itself.
+
+        They take the memory of one of the same sizes that nobody uses any more, if there is one.
+        """
         super().__init__()
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self.bias = layer.bias
-        self._panels = lay_out(layer.weight)
+        rows = [layer.weight] if rows is None else rows
+        room = None if instead_of is None else instead_of._panels
+        self._panels: Tensor = lay_out(rows, layer.out_features, layer.in_features, room)
         self._added = lay_out_bias(layer.bias, layer.out_features)
         self._number = next(_numbers)
         _layers[self._number] = self

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from ram_core.errors import CheckpointError
-from ram_core.models.grouped_linear import RowGroups, current_groups, grouped_linear
+from ram_core.models.grouped_linear import current_groups, grouped_linear, rows_of_layer
 from ram_core.models.model_stack import ModelStack, Twin, by_module, head_of, replace_module
-from ram_core.models.packed_linear import PackedLinear, is_packable
+from ram_core.models.packed_linear import PackedLinear
 from ram_core.models.paged import PagedModel
+from ram_core.models.slot_linear import Linear, SlotLinear
 from ram_core.models.stored import StoredTensor, StoredWeights, Weight, put
-
-Linear = nn.Linear | PackedLinear
 
 _NORM_NAMES = {"weight", "bias"}
 _PREFIX = "stacked_"
 _ALIGNMENT = 64
 """Bytes; as PyTorch aligns what it allocates."""
+_KEPT_BYTES = 1 << 30
+"""Models that take no more on CPU leave their memory to the next one."""
 
 
 class StackedModel(ModelStack):
@@ -45,8 +46,16 @@ class StackedModel(ModelStack):
         if reason := unstackable_reason(paged.model):
             raise CheckpointError(f"`{paged.name}` shares no module with others: {reason}")
         self._shapes, self._tied = _shapes(paged.model), _tied(paged.model)
-        twins = _replace_leaves(paged.model, num_slots, axes or trailing_axes(paged))
+        self._keeps_room = paged.device.type == "cpu" and paged.weight_bytes <= _KEPT_BYTES
+        self._filled: set[int] = set()
+        axes = axes or trailing_axes(paged)
+        twins = _replace_leaves(paged.model, num_slots, axes, keeps_room=self._keeps_room)
         super().__init__(paged, num_slots, twins, slot_bytes=paged.weight_bytes)
+
+    @property
+    def is_worth_keeping(self) -> bool:
+        """Whether it is little that a stack takes of which all slots are empty: the memory of one slot."""
+        return self._keeps_room and len(self._filled) <= 1
 
     def weights_in(self, stored: StoredWeights) -> dict[str, StoredTensor] | None:
         """What `stage` takes, if a checkpoint's weights have the names and shapes of this architecture's.
@@ -71,6 +80,7 @@ class StackedModel(ModelStack):
         for name, source in self._tied.items():
             if not _is_same(weights[name], weights[source]):
                 raise CheckpointError(f"`{name}` and `{source}` are one weight in `{self.paged.name}`")
+        self._filled.add(slot)
         self._copy(slot, by_module(weights))
 
 
@@ -180,7 +190,9 @@ def _axes_behind(name: str, shapes: list[tuple[int, ...]]) -> int:
     raise CheckpointError(f"`{name}` does not see every token once, but {shapes}")
 
 
-def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str, int]) -> dict[str, Twin]:
+def _replace_leaves(
+    model: nn.Module, num_slots: int, trailing_axes: Mapping[str, int], *, keeps_room: bool
+) -> dict[str, Twin]:
     """Twins by the names of what they replace; embeddings first, as heads may be tied to them."""
     twins: dict[str, Twin] = {}
     # By where the weights lay that they replace.
@@ -197,78 +209,17 @@ def _replace_leaves(model: nn.Module, num_slots: int, trailing_axes: Mapping[str
             tied = embeddings.get(module.weight.data_ptr()) if type(module) is nn.Linear else None
             # What is packed lies on CPU, and has no weight to look at without a copy.
             is_on_cpu = isinstance(module, PackedLinear) or module.weight.device.type == "cpu"
-            kind = SlotLinear if is_on_cpu else StackedLinear
             is_head = module is head_of(model)
-            twins[name] = kind(module, num_slots, is_head=is_head, tied=tied)
+            if is_on_cpu:
+                twins[name] = SlotLinear(module, num_slots, is_head=is_head, tied=tied, keeps_room=keeps_room)
+            else:
+                twins[name] = StackedLinear(module, num_slots, is_head=is_head, tied=tied)
         elif name not in twins and list(module.parameters(recurse=False)):
             twins[name] = _Leaf(module, num_slots, trailing_axes[name])
     for name, twin in twins.items():
         if isinstance(twin, nn.Module):
             replace_module(model, name, twin)
     return twins
-
-
-class SlotLinear(nn.Module):
-    """A linear layer for each slot, on CPU: each takes the rows of its slot, and empty ones are not read.
-
-    They are packed if `layer` is, or would be.
-    """
-
-    def __init__(self, layer: Linear, num_slots: int, *, is_head: bool, tied: nn.Parameter | None) -> None:
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._is_head, self._tied = is_head, tied
-        self._is_packed = isinstance(layer, PackedLinear) or is_packable(layer)
-        self._dtype = torch.float32 if isinstance(layer, PackedLinear) else layer.weight.dtype
-        self._layers: list[nn.Module | None] = [None] * num_slots
-
-    @property
-    def weight(self) -> Tensor:
-        """Any slot's weight, for models that ask for its dtype."""
-        weight: Tensor = next(layer for layer in self._layers if layer is not None).weight  # type: ignore[assignment]
-        return weight
-
-    def stage(self, slot: int, weights: Mapping[str, Weight]) -> None:
-        """Lay a slot's weights out."""
-        layer = nn.Linear(1, 1, bias="bias" in weights, device="meta")
-        layer.in_features, layer.out_features = self.in_features, self.out_features
-        for name, weight in weights.items():
-            if name == "weight" and self._tied is not None:
-                own = self._tied[slot]
-            elif name == "weight" and self._is_packed:
-                # It is gone when it is packed.
-                own = weight.lend(self._dtype) if isinstance(weight, StoredTensor) else weight
-            else:
-                own = weight.read(self._dtype) if isinstance(weight, StoredTensor) else weight.clone()
-            setattr(layer, name, nn.Parameter(own, requires_grad=False))
-        self._layers[slot] = PackedLinear(layer) if self._is_packed else layer
-
-    def clear(self, slot: int) -> None:
-        """Let a slot's weights go."""
-        self._layers[slot] = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x @ weight[slot of each row].T`, for `x` of shape [..., in_features]."""
-        spans = rows_of_layer(self._is_head).spans
-        assert spans is not None
-        if not spans:
-            return x.new_empty(*x.shape[:-1], self.out_features)
-        if len(spans) == 1:
-            return self._product(spans[0][0], x)
-        rows = x.reshape(-1, self.in_features)
-        parts: dict[int, Tensor] = {}
-        for slot, pieces in spans:
-            own = [rows[start:end] for start, end in pieces]
-            out = self._product(slot, own[0] if len(own) == 1 else torch.cat(own))
-            lengths = [end - start for start, end in pieces]
-            parts |= dict(zip((start for start, _ in pieces), torch.split(out, lengths), strict=True))
-        return torch.cat([parts[start] for start in sorted(parts)]).view(*x.shape[:-1], -1)
-
-    def _product(self, slot: int, rows: Tensor) -> Tensor:
-        layer = self._layers[slot]
-        assert layer is not None
-        out: Tensor = layer(rows)
-        return out
 
 
 class StackedLinear(nn.Module):
@@ -296,12 +247,6 @@ class StackedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         out = grouped_linear(rows, self.weight, self.bias, rows_of_layer(self._is_head))
         return out.view(*x.shape[:-1], self.out_features)
-
-
-def rows_of_layer(is_head: bool) -> RowGroups:
-    """The groups of the rows that a linear layer sees: a head is asked for the wanted logits alone."""
-    groups = current_groups()
-    return groups.logits if is_head else groups.tokens
 
 
 def _stack(weight: Tensor, num_slots: int) -> nn.Parameter:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -85,11 +85,24 @@ class StoredTensor:
         self.copy_to(target)
         return target
 
-    def lend(self, dtype: torch.dtype) -> Tensor:
-        """The tensor on the host, until the next one is lent; raises as `copy_to`."""
-        target = self._pieces.room(self.shape.numel() * dtype.itemsize).view(dtype).view(self.shape)
-        self.copy_to(target)
-        return target
+    def rows(self, dtype: torch.dtype, multiple: int, known: Tensor | None = None) -> Iterator[Tensor]:
+        """A matrix on the host, some rows at a time, lent until the next are asked for; raises as `copy_to`.
+
+        As many as a piece takes, and but for the last a multiple of so many. Nothing is read if the same
+        matrix is in memory already, as `known`.
+        """
+        num_rows, row_size = self.shape
+        least_bytes = multiple * row_size * max(dtype.itemsize, self.dtype.itemsize)
+        step = max(_PIECE_BYTES // least_bytes, 1) * multiple
+        for at in range(0, num_rows, step):
+            count = min(step, num_rows - at)
+            if known is not None:
+                yield known[at : at + count]
+                self._on_read(0)
+                continue
+            part = self._pieces.room(count * row_size * dtype.itemsize).view(dtype)
+            self._copy(part, at * row_size)
+            yield part.view(count, row_size)
 
     def copy_to(self, target: Tensor) -> None:
         """Fill a contiguous tensor of the same shape; on a device, by its current stream.
@@ -97,15 +110,18 @@ class StoredTensor:
         Raises:
             CheckpointError: the file ends too early, or a weight is no finite number.
         """
-        flat = target.view(-1)
-        is_direct = target.device.type == "cpu" and target.dtype == self.dtype
+        self._copy(target.view(-1), 0)
+
+    def _copy(self, flat: Tensor, first: int) -> None:
+        """Fill a flat tensor with the numbers from number `first` on."""
+        is_direct = flat.device.type == "cpu" and flat.dtype == self.dtype
         step = _PIECE_BYTES // self.dtype.itemsize
         for at in range(0, len(flat), step):
             part = flat[at : at + step]
             if is_direct:
-                self._fill(part, at)
+                self._fill(part, first + at)
             else:
-                self._pieces.send(part, self.dtype, partial(self._fill, at=at))
+                self._pieces.send(part, self.dtype, partial(self._fill, at=first + at))
 
     def _fill(self, part: Tensor, at: int) -> None:
         """Read the numbers from number `at` on."""

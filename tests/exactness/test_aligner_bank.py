@@ -176,7 +176,9 @@ def test_a_module_of_several_models_gives_the_logits_of_each(
     """A device's way goes through the kernel, interpreted."""
     is_on_device = machine == "device"
     if is_on_device:
-        monkeypatch.setattr(stacked, "SlotLinear", StackedLinear)
+        monkeypatch.setattr(
+            stacked, "SlotLinear", lambda *args, keeps_room, **own: StackedLinear(*args, **own)
+        )
         by_kernel(monkeypatch)
     paths = [save_any(tmp_path / str(seed), family, seed=seed) for seed in range(3)]
     alone = [load(path) for path in paths]

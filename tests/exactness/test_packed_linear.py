@@ -76,7 +76,7 @@ def test_the_last_panel_is_filled_up_with_zeros() -> None:
     for _ in range(20):
         # Memory that was used before holds something else.
         torch.full((3, 40, 16), torch.nan)
-        panels = matrix_product.lay_out(weight)
+        panels = matrix_product.lay_out([weight], *weight.shape)
         assert torch.equal(panels[2, :, 0], weight[32])
         assert not panels[2, :, 1:].any()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tests.mutants import mutants
 
 _HOT = "tests/exactness/test_hot_loading.py"
+_KEPT = "tests/exactness/test_kept_memory.py"
+_AHEAD = "tests/unit/test_read_ahead.py"
 _RESIDENTS = "tests/unit/test_residents.py"
 _BROKEN = f"{_HOT}::test_what_is_broken_changes_nothing"
 _SIZE = f"{_HOT}::test_what_takes_too_much_memory_changes_nothing"
@@ -85,6 +87,58 @@ HOT_LOADING_MUTANTS = [
         _AS_IT_WAS,
         ("        torch.set_num_threads(num_threads)", "        pass"),
         ("            sys.setswitchinterval(before_s)", "            pass"),
+    ),
+    *mutants(
+        "ram_core/engine/aligner_loads.py",
+        "tests/unit/test_aligner_loads.py",
+        ("        torch.get_num_threads()\n", ""),
+        ("        give_way(LOADING)\n", ""),
+    ),
+    *mutants(
+        "ram_core/engine/newcomers.py",
+        _KEPT,
+        ("spare is None or spare[0] != kind", "spare is None"),
+        ("            self._spare = group.kind, group.served", "            pass"),
+        ("group.served.is_worth_keeping:", "True:"),
+        ("        check_size(name, stack.slot_bytes, max_bytes)\n", ""),
+    ),
+    *mutants(
+        "ram_core/models/stacked.py",
+        _KEPT,
+        ("self._keeps_room and len(self._filled) <= 1", "self._keeps_room"),
+        ('paged.device.type == "cpu" and paged.weight_bytes <= _KEPT_BYTES', 'paged.device.type == "cpu"'),
+    ),
+    *mutants(
+        "ram_core/models/slot_linear.py",
+        _KEPT,
+        ("self._empty.pop() if self._empty else None", "None"),
+        ("if self._keeps_room and isinstance", "if isinstance"),
+    ),
+    *mutants(
+        "ram_core/models/stored.py",
+        _KEPT,
+        ("self._copy(part, at * row_size)", "self._copy(part, at)"),
+        ("max(_PIECE_BYTES // least_bytes, 1) * multiple", "max(_PIECE_BYTES // least_bytes, 1)"),
+        ("            if known is not None:", "            if False:"),
+    ),
+    *mutants(
+        "ram_core/aligners/files.py",
+        _AHEAD,
+        ("while left > 0 and is_wanted():", "while left > 0:"),
+        ("while left > 0 and is_wanted():", "while is_wanted():"),
+        ("at, left = at + count, left - count", "at, left = at + count, left"),
+    ),
+    *mutants(
+        "server/aligners/checking.py",
+        _AHEAD,
+        ("sorted(sizes, key=lambda path: sizes[path])", "list(sizes)"),
+        ("        self._begin_reading(snapshot)\n", ""),
+    ),
+    *mutants(
+        "ram_core/models/loading.py",
+        _AHEAD,
+        ("_known_skeleton(_Architecture(architecture(config), config))", "build_skeleton(config)"),
+        ("            if trust_remote_code\n", "            if False\n"),
     ),
     *mutants(
         "ram_core/engine/pace.py",
