@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import uuid
 from asyncio import TimerHandle, Transport
+from collections import deque
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from server.openai.errors import ApiError
 
@@ -29,12 +30,15 @@ class GuardedProtocol(HttpToolsProtocol):
     receive_timeout_s = 60.0
     """A request must have arrived as a whole so long after it began, or after the connection was made."""
 
+    _has_begun = False
     _is_in_head = True
     _is_progress = False
     _num_idle_bytes = 0
     _timer: TimerHandle | None = None
     _refusal: ApiError | None = None
     _is_refused = False
+    _heard: tuple[RequestResponseCycle, ...] = ()
+    """Requests whose heads have come, in their order, but for some that were answered."""
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Begin to wait for a request."""
@@ -62,6 +66,14 @@ class GuardedProtocol(HttpToolsProtocol):
         self._num_idle_bytes = 0 if self._is_progress else self._num_idle_bytes + len(data)
         if self._num_idle_bytes > MAX_HEAD_BYTES:
             self._refuse(_too_large())
+        elif self._has_begun and self._timer is None:
+            # Behind the end of another one.
+            self._wait()
+
+    def on_message_begin(self) -> None:
+        """A request begins."""
+        self._has_begun = True
+        super().on_message_begin()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header; not a trailer, which nobody before us may have looked at."""
@@ -78,6 +90,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             self._is_in_head = False
             super().on_headers_complete()
+            self._heard = (*(each for each in self._heard if not each.response_complete), self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Keep a piece of a body."""
@@ -89,7 +102,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_progress = True
         if self._is_in_head:
             return  # An upgrade was offered: it comes again, without.
-        self._is_in_head = True
+        self._has_begun, self._is_in_head = False, True
         self._stop_waiting()
         super().on_message_complete()
 
@@ -119,22 +132,42 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _give_up(self) -> None:
         self._timer = None
-        if self._is_in_head and not self._num_idle_bytes:
+        if self._before():
+            # Nothing is read meanwhile.
+            self._wait()
+            return
+        if not self._has_begun:
             self.transport.close()
             return
         message = f"The request did not arrive within {self.receive_timeout_s:g} s."
         self._refuse(ApiError(408, message, code="request_timeout"))
 
+    @property
+    def _refused(self) -> RequestResponseCycle | None:
+        """The request of which more is to come, if its head was complete."""
+        return None if self._is_in_head else self.cycle
+
+    def _before(self) -> list[RequestResponseCycle]:
+        """Requests that came whole, and were not answered yet."""
+        return [each for each in self._heard if not each.response_complete and each is not self._refused]
+
     def _refuse(self, error: ApiError) -> None:
-        """Answer for the application, if it has not begun to answer itself, and hang up."""
+        """Answer for the application, if it has not begun to answer itself, and hang up.
+
+        Requests that came whole before are answered in their order, and then it is hung up: a refusal among
+        their answers would be taken for one of these.
+        """
         self._stop_waiting()
         self._is_refused = True
-        cycle = self.cycle
-        has_begun = cycle is not None and not cycle.response_complete and cycle.response_started
-        if cycle is not None:
-            cycle.disconnected = True
-            cycle.message_event.set()
-        if has_begun:
+        refused = self._refused
+        if refused is not None:
+            refused.disconnected = True
+            refused.message_event.set()
+            self.pipeline = deque(each for each in self.pipeline if each[0] is not refused)
+        if before := self._before():
+            before[-1].keep_alive = False
+            return
+        if refused is not None and refused.response_started:
             self.transport.close()
             return
         self.transport.write(_raw_answer(error))

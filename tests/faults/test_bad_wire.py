@@ -105,6 +105,42 @@ def test_requests_in_one_piece_are_answered_in_turn(server: LiveServer) -> None:
     assert statuses == [400, 200, 200]
 
 
+LEFTOVERS = {
+    "garbage": (b"\0\0\r\n\r\n", []),
+    "a broken body": (chunked(b"zz\r\n"), []),
+    # Whoever may still say the rest is told that it did not come.
+    "half a head": (b"GET / HTT", [b"408"]),
+    "half a body": (sized()[:-5], [b"408"]),
+}
+
+
+@pytest.mark.parametrize(("leftover", "refusals"), LEFTOVERS.values(), ids=LEFTOVERS)
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_what_comes_after_a_request_spoils_no_answer(
+    leftover: bytes, refusals: list[bytes], is_streamed: bool
+) -> None:
+    """Not even in its midst; and the client is told nothing that it could take for another answer."""
+    gate = Gate()
+    engine = ScriptedEngine(lambda request: [*say(request, "dog", finish=None), gate, *say(request, "dog")])
+    body = json.dumps(chat(stream=is_streamed)).encode()
+    first = sized(body).replace(b"/completions", b"/chat/completions")
+    with live(engine, receive_timeout_s=RECEIVE_TIMEOUT_S) as server, connection(server) as open_socket:
+        send(open_socket, first + get(b"/v1/models") + leftover)
+        gate.wait_reached()
+        time.sleep(2 * RECEIVE_TIMEOUT_S)
+        gate.open()
+        told = b""
+        with contextlib.suppress(ConnectionResetError):
+            while piece := open_socket.recv(1 << 16):
+                told += piece
+    answer, models, *refusal = told.split(b"HTTP/1.1 ")[1:]
+    assert answer.startswith(b"200 OK")
+    assert (b"data: [DONE]" if is_streamed else b'"object":"chat.completion"') in answer
+    assert models.startswith(b"200 OK")
+    assert [line[:3] for line in refusal] == refusals
+    assert len(engine.requests) == 1
+
+
 def test_many_requests_on_one_connection_are_not_too_large_together(server: LiveServer) -> None:
     with connection(server) as open_socket:
         for _ in range(4):
