@@ -77,9 +77,15 @@ class AlignerLoads:
         self._current = self._orders.popleft()
         has_begun = threading.Event()
         num_threads = torch.get_num_threads()
-        threading.Thread(
+        thread = threading.Thread(
             target=self._run, args=(self._current, has_begun), name="ram-loader", daemon=True
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:  # No memory, or too many of them: the steps go on.
+            self._outcomes.append(AlignerFailed(self._current.aligner, one_line(error)))
+            self._wake()
+            return
         has_begun.wait()
         # What the thread said for itself holds for others that begin later, too.
         torch.set_num_threads(num_threads)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import threading
 
+import pytest
 import torch
 
 from ram_core.engine.aligner_loads import AlignerLoads, Arrived
-from ram_core.engine.messages import LoadAligner
+from ram_core.engine.messages import AlignerFailed, LoadAligner
 from ram_core.niceness import LOADING
 
 
@@ -36,3 +37,23 @@ def test_a_load_computes_on_one_thread_and_after_the_steps() -> None:
     finally:
         torch.set_num_threads(num_threads)
     assert seen == [(1, os.getpriority(os.PRIO_PROCESS, 0) + LOADING)]
+
+
+def test_a_load_that_gets_no_thread_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_told = threading.Event()
+    loads = AlignerLoads(lambda order, progress: [], is_told.set)
+    refused = LoadAligner("new@1", (("new@1", "/nowhere"),), max_bytes=0)
+
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        loads.begin(refused)
+    assert is_told.is_set()
+    assert loads.take() == [AlignerFailed("new@1", "can't start new thread")]
+    assert not loads.orders
+    is_told.clear()
+    loads.begin(refused)
+    assert is_told.wait(10)
+    assert loads.take() == [Arrived(refused, ())]
