@@ -54,7 +54,7 @@ def add_options(options: Options) -> None:
     options.add("--prompt", 32, "tokens in each prompt", quick=8)
     options.add("--answer", 128, "tokens of each answer", quick=16)
     options.add("--loads", 100, "aligners that are loaded meanwhile", quick=3)
-    options.add("--rounds", 4, "large aligners that are added in each way", quick=1)
+    options.add("--rounds", 8, "large aligners that are added in each way", quick=1)
     options.add("--known", 500, "aligners that a server knows", quick=5)
 
 
