@@ -145,7 +145,7 @@ class Checker:
         paths = sorted(sizes, key=lambda path: sizes[path])
 
         def work() -> None:
-            give_way(CHECKING)
+            # It hardly takes a core, and has the disk idle whenever it waits for one: it gives no way.
             read_ahead(paths, lambda: not self._closing.is_set())
 
         threading.Thread(target=work, name="ram-read-ahead", daemon=True).start()
