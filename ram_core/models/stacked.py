@@ -193,7 +193,11 @@ def _axes_behind(name: str, shapes: list[tuple[int, ...]]) -> int:
 def _replace_leaves(
     model: nn.Module, num_slots: int, trailing_axes: Mapping[str, int], *, keeps_room: bool
 ) -> dict[str, Twin]:
-    """Twins by the names of what they replace; embeddings first, as heads may be tied to them."""
+    """Twins by the names of what they replace, in the order in which they are staged.
+
+    Embeddings come first, as heads may be tied to them, and then heads: their work is done before a disk has
+    given the last layer.
+    """
     twins: dict[str, Twin] = {}
     # By where the weights lay that they replace.
     embeddings: dict[int, nn.Parameter] = {}
@@ -203,13 +207,14 @@ def _replace_leaves(
             place = module.weight.data_ptr()
             twins[name] = leaf = _Leaf(module, num_slots, trailing_axes=1)
             embeddings[place] = leaf.stacks["weight"]
-    for name, module in leaves.items():
+    head = head_of(model)
+    for name, module in sorted(leaves.items(), key=lambda leaf: leaf[1] is not head):
         if is_linear(module):
             # A packed head is laid out from a copy of the embedding that it is tied to.
             tied = embeddings.get(module.weight.data_ptr()) if type(module) is nn.Linear else None
             # What is packed lies on CPU, and has no weight to look at without a copy.
             is_on_cpu = isinstance(module, PackedLinear) or module.weight.device.type == "cpu"
-            is_head = module is head_of(model)
+            is_head = module is head
             if is_on_cpu:
                 twins[name] = SlotLinear(module, num_slots, is_head=is_head, tied=tied, keeps_room=keeps_room)
             else:
