@@ -12,6 +12,7 @@ _LINE = ("tests/unit/test_stream_line.py",)
 _GENERATION = ("tests/unit/test_generation.py",)
 _METRICS = ("tests/http/test_models_health_metrics.py",)
 _CONVERT = ("tests/unit/test_server_convert.py",)
+_WIRE = ("tests/faults/test_bad_wire.py",)
 _SETTINGS = ("tests/unit/test_server_settings.py",)
 
 SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
@@ -37,6 +38,23 @@ SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("server/streaming.py", "sleep(min(left_s, self._send_timeout_s))", "sleep(left_s)", _LINE),
     ("server/streaming.py", "        if self._pinging is not None:", "        if False:", _LINE),
     ("server/streaming.py", "            elif self._is_sending:", "            elif False:", _LINE),
+    (
+        "server/connections.py",
+        "            before[-1].keep_alive = False\n            return\n",
+        "            pass\n",
+        _WIRE,
+    ),
+    ("server/connections.py", "            before[-1].keep_alive = False\n", "", _WIRE),
+    ("server/connections.py", "        if self._before():", "        if False:", _WIRE),
+    ("server/connections.py", "elif self._has_begun and self._timer is None:", "elif False:", _WIRE),
+    ("server/connections.py", "        if not self._has_begun:", "        if False:", _WIRE),
+    (
+        "server/connections.py",
+        "for each in self.pipeline if each[0] is not refused",
+        "for each in self.pipeline",
+        _WIRE,
+    ),
+    ("server/connections.py", "else self._num_idle_bytes + len(data)", "else 0", _WIRE),
     ("server/commands/serve.py", "            connection.transport.abort()", "            pass", _HANG_UP),
     ("server/generation.py", "                if deltas:\n                    break\n", "", _GENERATION),
     ("server/generation.py", "self._arrived = arrived[::-1]", "self._arrived = arrived", _GENERATION),
