@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ram_core.aligners.files import Snapshot, content_version, hash_files, list_files, take_snapshot
+from ram_core.aligners.files import Snapshot, content_version, list_files, take_snapshot
 from ram_core.aligners.manifest import Manifest, default_manifest, read_manifest
 from ram_core.aligners.names import CONFIG_FILES, MANIFEST_FILE, is_passed_over, require_name, require_version
 from ram_core.errors import CheckpointError
@@ -173,7 +173,7 @@ class AlignersDirectory:
         return FoundVersion(name, manifest.version, path, manifest, snapshot)
 
     def _content_version(self, path: Path, snapshot: Snapshot) -> str:
-        version = content_version(hash_files(list_files(path, self.root)))
+        version = content_version(list_files(path, self.root))
         snapshot.require_unchanged()
         return version
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -158,10 +159,24 @@ def digest_files(
     return found
 
 
-def content_version(hashes: Mapping[str, str]) -> str:
-    """A short name for what files hold: digits of a hash over all their paths and SHA-256."""
-    lines = "".join(f"{digest}  {path}\n" for path, digest in sorted(hashes.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()[:SHORT_DIGITS]
+def content_version(files: Mapping[str, Path], on_progress: OnProgress | None = None) -> str:
+    """A short name for what files hold; raises as `digest_files`."""
+    is_done = threading.Event()
+    ahead = threading.Thread(
+        target=read_ahead, args=(list(files.values()), lambda: not is_done.is_set()), daemon=True
+    )
+    ahead.start()
+    try:
+        return version_of(digest_files(files, on_progress, lambda path: (BLAKE3,)))
+    finally:
+        is_done.set()
+        ahead.join()
+
+
+def version_of(digests: Mapping[str, Digests]) -> str:
+    """The same of files whose BLAKE3 are known: digits of a hash over all paths and these."""
+    lines = "".join(f"{found[BLAKE3]}  {path}\n" for path, found in sorted(digests.items()))
+    return str(blake3(lines.encode()).hexdigest()[:SHORT_DIGITS])
 
 
 @dataclass(frozen=True, slots=True)

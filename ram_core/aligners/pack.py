@@ -13,10 +13,10 @@ from ram_core.aligners.files import (
     BLAKE3,
     SHA256,
     OnProgress,
-    content_version,
     digest_files,
     list_files,
     resolve_below,
+    version_of,
 )
 from ram_core.aligners.manifest import (
     OWN_TERMS,
@@ -74,7 +74,7 @@ def pack(directory: Path, wishes: Wishes, on_progress: OnProgress | None = None)
     hashes = _hashes(files)
     is_same = before is not None and _hashes(before.files) == hashes
     if wishes.version is None and not is_same:
-        said["version"] = content_version(hashes)
+        said["version"] = version_of(digests)
     if said.get("kl_threshold") == math.inf:
         said["kl_threshold"] = None
     terms = said.get("terms", OWN_TERMS)

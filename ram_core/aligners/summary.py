@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ram_core.aligners.files import OnProgress, content_version, hash_files, list_files, resolve_below
+from ram_core.aligners.files import OnProgress, content_version, list_files, resolve_below
 from ram_core.aligners.manifest import Manifest, default_manifest, read_manifest
 from ram_core.errors import CheckpointError
 from ram_core.models.source import one_line
@@ -59,7 +59,7 @@ def summarise(directory: Path, on_progress: OnProgress | None = None) -> Aligner
     manifest = read_manifest(directory)
     has_manifest = manifest is not None
     if manifest is None:
-        manifest = default_manifest(directory.resolve().name, content_version(hash_files(files, on_progress)))
+        manifest = default_manifest(directory.resolve().name, content_version(files, on_progress))
     return AlignerSummary(
         directory,
         has_manifest,

@@ -18,7 +18,6 @@ from ram_core.aligners.files import (
     Snapshot,
     content_version,
     digest_files,
-    hash_files,
     list_files,
     resolve_below,
     take_snapshot,
@@ -157,8 +156,8 @@ class _Verifier:
                 words.append(f"{self.manifest.name} {self.manifest.version}")
 
     def _default_manifest(self) -> Manifest:
-        hashes = hash_files(list_files(self.directory, self.root), self.on_progress)
-        return default_manifest(self.directory.resolve().name, content_version(hashes))
+        version = content_version(list_files(self.directory, self.root), self.on_progress)
+        return default_manifest(self.directory.resolve().name, version)
 
     def look_at_hashes(self, manifest: Manifest, snapshot: Snapshot, *, with_hashes: bool) -> None:
         """Compare every file with what the manifest says of it, or at least its size."""

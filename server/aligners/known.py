@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from ram_core.aligners.directory import FoundVersion
-from ram_core.aligners.files import content_version, hash_files, list_files, resolve_below
+from ram_core.aligners.files import content_version, list_files, resolve_below
 from ram_core.aligners.manifest import Manifest, default_manifest, read_manifest
 from ram_core.aligners.names import CONFIG_FILES, MANIFEST_FILE, SELF
 from ram_core.aligners.states import VersionKey
@@ -113,7 +113,7 @@ def read_known(name: str, directory: Path, root: Path | None, origin: Origin) ->
         if _is_hub_snapshot(directory):
             version = directory.name[:_HUB_DIGITS]
         else:
-            version = content_version(hash_files(files))
+            version = content_version(files)
         manifest = default_manifest(name, version)
     return KnownVersion(VersionKey(name, manifest.version), directory, manifest, origin, root)
 
