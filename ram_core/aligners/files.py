@@ -118,8 +118,9 @@ def read_ahead(paths: Iterable[Path], is_wanted: Callable[[], bool] = lambda: Tr
         for path in paths:
             with path.open("rb", buffering=0) as file:
                 at = 0
-                while left > 0 and is_wanted():
+                while is_wanted():
                     count = os.sendfile(nowhere.fileno(), file.fileno(), at, min(_AHEAD_CHUNK_BYTES, left))
+                    # The file's end, or no more is to be read.
                     if not count:
                         break
                     at, left = at + count, left - count

@@ -124,8 +124,7 @@ HOT_LOADING_MUTANTS = [
     *mutants(
         "ram_core/aligners/files.py",
         _AHEAD,
-        ("while left > 0 and is_wanted():", "while left > 0:"),
-        ("while left > 0 and is_wanted():", "while is_wanted():"),
+        ("while is_wanted():", "while True:"),
         ("at, left = at + count, left - count", "at, left = at + count, left"),
     ),
     *mutants(
