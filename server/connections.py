@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import uuid
 from asyncio import TimerHandle, Transport
-from collections import deque
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
@@ -163,7 +162,6 @@ class GuardedProtocol(HttpToolsProtocol):
         if refused is not None:
             refused.disconnected = True
             refused.message_event.set()
-            self.pipeline = deque(each for each in self.pipeline if each[0] is not refused)
         if before := self._before():
             before[-1].keep_alive = False
             return

@@ -48,12 +48,6 @@ SERVER_MUTANTS: list[tuple[str, str, str, tuple[str, ...]]] = [
     ("server/connections.py", "        if self._before():", "        if False:", _WIRE),
     ("server/connections.py", "elif self._has_begun and self._timer is None:", "elif False:", _WIRE),
     ("server/connections.py", "        if not self._has_begun:", "        if False:", _WIRE),
-    (
-        "server/connections.py",
-        "for each in self.pipeline if each[0] is not refused",
-        "for each in self.pipeline",
-        _WIRE,
-    ),
     ("server/connections.py", "else self._num_idle_bytes + len(data)", "else 0", _WIRE),
     ("server/commands/serve.py", "            connection.transport.abort()", "            pass", _HANG_UP),
     ("server/generation.py", "                if deltas:\n                    break\n", "", _GENERATION),
