@@ -41,10 +41,11 @@ def engine(sources: dict[str, Path]) -> Engine:
     return Engine.load(config_of(sources))
 
 
-def config_of(sources: dict[str, Path], *names: str) -> EngineConfig:
+def config_of(sources: dict[str, Path], *names: str, dtype: str = "float32") -> EngineConfig:
     begun = (AlignerSource("begun@1", str(sources["begun"])),)
     asked = tuple(AlignerSource(name, str(sources[name])) for name in names)
-    return EngineConfig(str(sources["proposal"]), begun + asked, device="cpu", max_batch=4, aligner_slots=2)
+    proposal, models = str(sources["proposal"]), begun + asked
+    return EngineConfig(proposal, models, device="cpu", dtype=dtype, max_batch=4, aligner_slots=2)
 
 
 def from_the_start(sources: dict[str, Path], name: str) -> list[int]:
@@ -115,6 +116,23 @@ def test_what_has_the_same_shapes_but_another_config_is_another_kind(
     let_go(engine, "wide a")
     bring_all(engine, sources | {"turned": turned}, "turned")
     assert said(engine, "turned") == wanted
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads_are_tied_to_the_embeddings_of_their_own_slot(
+    sources: dict[str, Path], tmp_path: Path, dtype: str
+) -> None:
+    tied = {
+        name: save_model(tmp_path / name, "llama", seed=seed, tie_word_embeddings=True, **WIDE)
+        for name, seed in (("first", 27), ("second", 28))
+    }
+    everything = sources | tied
+    engine = Engine.load(config_of(everything, dtype=dtype))
+    bring_all(engine, everything, *tied)
+    for name in tied:
+        alone = Engine.load(config_of(everything, name, dtype=dtype))
+        assert said(engine, name) == said(alone, name)
+    assert said(engine, "first") != said(engine, "second")
 
 
 def test_what_held_several_at_once_is_not_kept(engine: Engine, sources: dict[str, Path]) -> None:

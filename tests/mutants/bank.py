@@ -49,8 +49,6 @@ BANK_MUTANTS = [
         "ram_core/models/slot_linear.py",
         _MODULES,
         ("for start in sorted(parts)", "for start in parts"),
-        ("else self._tied[slot]\n        layer.weight", "else self._tied[0]\n        layer.weight"),
-        ("else self._tied[slot])", "else self._tied[0])"),
     ),
     *mutants(
         "ram_core/models/grouped_linear.py",

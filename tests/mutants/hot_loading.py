@@ -112,6 +112,8 @@ HOT_LOADING_MUTANTS = [
         "ram_core/models/slot_linear.py",
         _KEPT,
         ("self._empty.pop() if self._empty else None", "None"),
+        ("else self._tied[slot]\n        layer.weight", "else self._tied[0]\n        layer.weight"),
+        ("else self._tied[slot])", "else self._tied[0])"),
         ("if self._keeps_room and isinstance", "if isinstance"),
     ),
     *mutants(
