@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -163,12 +163,12 @@ class Newcomers:
         self._pools = pools
         # Of architectures that say the same in a shared module, over pages, as by themselves.
         self._conforming: dict[str, Outline] = {}
-        self._spare: tuple[str, StackedModel] | None = None
+        self._spare: AlignerGroup | None = None
 
     def keep(self, group: AlignerGroup) -> None:
-        """Keep what a group was made of that is gone, for the next of its kind; any thread may call it."""
+        """Keep a group that is gone, for the next of its kind; any thread may call it."""
         if isinstance(group.served, StackedModel) and group.served.is_worth_keeping:
-            self._spare = group.kind, group.served
+            self._spare = group
 
     def load(self, order: LoadAligner, progress: Callable[[float], None]) -> list[Newcomer]:
         """All parts of an aligner; any thread may call it, but one at a time.
@@ -206,13 +206,19 @@ class Newcomers:
         newcomer = self._model_in_slot(name, source, config, max_bytes, share)
         return newcomer or self._own_group(name, source, config, max_bytes, others, share)
 
+    def _take_spare(self) -> Iterator[AlignerGroup]:
+        """The group that was kept, if any; it is let go unless it is used now."""
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            yield spare
+
     def _model_in_slot(
         self, name: str, source: str, config: PretrainedConfig, max_bytes: int, share: _Share
     ) -> Newcomer | None:
         """A model beside others of its architecture, if there is a free slot: read straight into it."""
         kind = architecture(config)
         directory = resolve_source(source, with_weights=True)
-        for group in self._groups():
+        for group in itertools.chain(self._groups(), self._take_spare()):
             served = group.served
             if not isinstance(served, StackedModel) or group.kind != kind or not group.free_slots:
                 continue
@@ -239,39 +245,19 @@ class Newcomers:
     ) -> Newcomer:
         """A model that shares no module, but with those that come later if slots were asked for."""
         own, kind = self._terms.config, architecture(config)
+        outline = self._conforming.get(kind)
+        outline = outline or outline_of(without_weights(name, config, self._terms.dtype, own))
+        check_size(name, outline.num_bytes, max_bytes)
         num_slots = own.aligner_slots if own.aligner_bank else 1
-        served: PagedModel | StackedModel | None = self._refill_spare(name, source, kind, max_bytes, share)
-        if served is None:
-            outline = self._conforming.get(kind)
-            outline = outline or outline_of(without_weights(name, config, self._terms.dtype, own))
-            check_size(name, outline.num_bytes, max_bytes)
-            if num_slots > 1:
-                served = self._read_stacked(name, source, config, outline, num_slots, share)
-        if served is None and num_slots > 1:
-            served, _ = load_stacked([name], iter([(name, self._terms.load(name, source))]), num_slots)
+        served: PagedModel | StackedModel | None = None
+        if num_slots > 1:
+            served = self._read_stacked(name, source, config, outline, num_slots, share)
+            if served is None:
+                served, _ = load_stacked([name], iter([(name, self._terms.load(name, source))]), num_slots)
         served = served or self._terms.load(name, source)
         num_bytes = served.slot_bytes if isinstance(served, StackedModel) else served.weight_bytes
         group = AlignerGroup(_unique(name), served, [name], kind=kind)
         return self._in_pool(Newcomer(name, group, 0, num_bytes), others)
-
-    def _refill_spare(
-        self, name: str, source: str, kind: str, max_bytes: int, share: _Share
-    ) -> StackedModel | None:
-        """The shared module that the last of a kind left, with a new one's weights; any other is let go."""
-        spare, self._spare = self._spare, None
-        if spare is None or spare[0] != kind:
-            return None
-        stack = spare[1]
-        check_size(name, stack.slot_bytes, max_bytes)
-        with StoredWeights(resolve_source(source, with_weights=True), share.read) as stored:
-            share.total = stored.num_bytes
-            weights = stack.weights_in(stored)
-            if weights is None:
-                return None
-            stack.stage(0, weights)
-        stack.settle(0)
-        stack.paged.name = name
-        return stack
 
     def _read_stacked(
         self,

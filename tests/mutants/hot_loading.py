@@ -97,10 +97,10 @@ HOT_LOADING_MUTANTS = [
     *mutants(
         "ram_core/engine/newcomers.py",
         _KEPT,
-        ("spare is None or spare[0] != kind", "spare is None"),
-        ("            self._spare = group.kind, group.served", "            pass"),
+        ("            self._spare = group\n", "            pass\n"),
+        ("spare, self._spare = self._spare, None", "spare = self._spare"),
         ("group.served.is_worth_keeping:", "True:"),
-        ("        check_size(name, stack.slot_bytes, max_bytes)\n", ""),
+        ("            check_size(name, served.slot_bytes, max_bytes)\n", ""),
     ),
     *mutants(
         "ram_core/models/stacked.py",
