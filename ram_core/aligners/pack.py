@@ -71,8 +71,7 @@ def pack(directory: Path, wishes: Wishes, on_progress: OnProgress | None = None)
     said |= {name: wish for name in _PLAIN_WISHES if (wish := getattr(wishes, name)) is not None}
     said.setdefault("name", directory.resolve().name)
     said["provenance"] = {**said.get("provenance", {}), **(wishes.provenance or {})}
-    hashes = _hashes(files)
-    is_same = before is not None and _hashes(before.files) == hashes
+    is_same = before is not None and _hashes(before.files) == _hashes(files)
     if wishes.version is None and not is_same:
         said["version"] = version_of(digests)
     if said.get("kl_threshold") == math.inf:
@@ -104,7 +103,7 @@ _PLAIN_WISHES = (
 
 
 def _hashes(files: Mapping[str, FileRecord]) -> dict[str, str]:
-    """What every manifest has of a file, and what versions are called by."""
+    """What every manifest has of a file, also one of before there was BLAKE3."""
     return {path: record.sha256 for path, record in files.items()}
 
 
