@@ -32,7 +32,6 @@ from tests.exactness.test_engine import (
     TWICE,
     anew,
     first_weight,
-    make_config,
 )
 from tests.models import save_model
 
@@ -49,16 +48,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "recorded": {"cuda_graphs": True, "max_step_tokens": 9},
 }
 """How prompts are read."""
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return make_config(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture(scope="module")
-def loaded(config: EngineConfig) -> Engine:
-    return Engine.load(config)
 
 
 @pytest.fixture(scope="module")

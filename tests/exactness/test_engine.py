@@ -34,11 +34,6 @@ def family_config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return make_config(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture(scope="module")
 def engine(config: EngineConfig) -> Engine:
     return Engine.load(config)
 

@@ -42,11 +42,6 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
     return replace(config, max_batch=4, max_model_len=128, aligner_bank=False)
 
 
-@pytest.fixture(scope="module")
-def loaded(config: EngineConfig) -> Engine:
-    return Engine.load(config)
-
-
 def requests(*kinds: AlignmentParams, sampling: SamplingParams = PLAIN, num: int = 8) -> list[Request]:
     """Of many lengths, so that batches shrink and grow; two of each prompt, the second a hit in the cache."""
     return [

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ram_core.engine.config import EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Cancel, Event, FailedEvent, Request, StartedEvent, TokenEvent
 from ram_core.params import AlignmentParams, SamplingParams
@@ -19,23 +18,12 @@ from tests.exactness.test_engine import (
     TWICE,
     anew,
     first_weight,
-    make_config,
 )
 
 PAGE = 4
 PROMPT = tuple(range(30, 59))
 ALL_BUT_LAST = (len(PROMPT) - 1) // PAGE * PAGE
 SAMPLED = SamplingParams(seed=5, max_tokens=10, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return make_config(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture(scope="module")
-def loaded(config: EngineConfig) -> Engine:
-    return Engine.load(config)
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from ram_core.engine import runner
-from ram_core.engine.config import EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Cancel, FailedEvent, Request, TokenEvent
 from ram_core.engine.pages import pages_for
@@ -19,19 +18,9 @@ from ram_core.engine.sequence import Sequence
 from ram_core.errors import EngineOutOfMemory
 from ram_core.models.packing import PackedBatch
 from ram_core.params import SamplingParams
-from tests.exactness.test_engine import ALIGNED, IDENTITY, PROMPTS, TERSE, TWICE, anew, make_config
+from tests.exactness.test_engine import ALIGNED, IDENTITY, PROMPTS, TERSE, TWICE, anew
 
 KINDS = [ALIGNED, IDENTITY, TERSE, TWICE]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
-    return make_config(tmp_path_factory.mktemp("llama"), "llama")
-
-
-@pytest.fixture(scope="module")
-def loaded(config: EngineConfig) -> Engine:
-    return Engine.load(config)
 
 
 def mixed_requests() -> list[Request]:
