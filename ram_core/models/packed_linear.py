@@ -8,9 +8,11 @@ from typing import TypeGuard
 from weakref import WeakValueDictionary
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ram_core.models.matrix_product import lay_out, lay_out_bias, multiply, plain_layout
+from ram_core.models.matrix_product import PANEL, lay_out, lay_out_bias, multiply, plain_layout
+from ram_core.models.tied_embedding import take_rows_of
 
 
 class PackedLinear(nn.Module):
@@ -42,6 +44,10 @@ class PackedLinear(nn.Module):
         """A copy in the plain layout, for models that look at it; not for writing."""
         return plain_layout(self._panels, self.out_features)
 
+    def rows_of(self, ids: Int64[Tensor, " token"]) -> Float[Tensor, "token input"]:
+        """Some rows of the weight."""
+        return self._panels[ids // PANEL, :, ids % PANEL]
+
     def forward(self, x: Tensor) -> Tensor:
         """`x @ weight.T + bias`, for `x` of shape [..., in_features]."""
         if torch.compiler.is_compiling():
@@ -70,15 +76,25 @@ def _(x: Tensor, layer: int, out_features: int) -> Tensor:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace every float32 `nn.Linear` of a model on CPU."""
+    """Replace every float32 `nn.Linear` of a model on CPU; embeddings that one is tied to go with it."""
     found = [
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
         if is_packable(child)
     ]
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     for parent, name, child in found:
-        setattr(parent, name, PackedLinear(child))
+        packed = PackedLinear(child)
+        setattr(parent, name, packed)
+        for embedding in embeddings:
+            if is_lookup(embedding) and embedding.weight is child.weight:
+                take_rows_of(embedding, packed)
+
+
+def is_lookup(module: nn.Module) -> TypeGuard[nn.Embedding]:
+    """An embedding that only looks rows up."""
+    return isinstance(module, nn.Embedding) and module.max_norm is None
 
 
 def is_packable(layer: nn.Module) -> TypeGuard[nn.Linear]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ram_core.models.grouped_linear import rows_of_layer
+from ram_core.models.grouped_linear import current_groups, rows_of_layer
 from ram_core.models.matrix_product import PANEL
 from ram_core.models.packed_linear import PackedLinear, is_packable
 from ram_core.models.stored import StoredTensor, Weight
@@ -18,8 +19,9 @@ Linear = nn.Linear | PackedLinear
 class SlotLinear(nn.Module):
     """A linear layer for each slot, on CPU: each takes the rows of its slot, and empty ones are not read.
 
-    They are packed if `layer` is, or would be. With `keeps_room`, memory of packed ones that went last is the
-    next one's: what the system gives instead, it has to clear first.
+    They are packed if `layer` is, or would be. Others have their weights in those of an embedding that they
+    are `tied` to. With `keeps_room`, memory of packed ones that went last is the next one's: what the system
+    gives instead, it has to clear first.
     """
 
     def __init__(
@@ -34,7 +36,7 @@ class SlotLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._is_head, self._tied = is_head, tied
-        self._is_packed = isinstance(layer, PackedLinear) or is_packable(layer)
+        self._is_packed = is_to_be_packed(layer)
         self._dtype = torch.float32 if isinstance(layer, PackedLinear) else layer.weight.dtype
         self._layers: list[nn.Module | None] = [None] * num_slots
         self._keeps_room = keeps_room
@@ -56,17 +58,13 @@ class SlotLinear(nn.Module):
         weight = weights["weight"]
         if self._is_packed:
             empty = self._empty.pop() if self._empty else None
-            self._layers[slot] = PackedLinear(layer, self._rows(slot, weight), empty)
+            # What a file has is never in memory as a whole, but as it is multiplied.
+            rows = weight.rows(self._dtype, PANEL) if isinstance(weight, StoredTensor) else [weight]
+            self._layers[slot] = PackedLinear(layer, rows, empty)
             return
         own = self._own(weight) if self._tied is None else self._tied[slot]
         layer.weight = nn.Parameter(own, requires_grad=False)
         self._layers[slot] = layer
-
-    def _rows(self, slot: int, weight: Weight) -> Iterable[Tensor]:
-        """A weight to be packed; what a file has is never in memory as a whole, but as it is multiplied."""
-        if not isinstance(weight, StoredTensor):
-            return [weight]
-        return weight.rows(self._dtype, PANEL, None if self._tied is None else self._tied[slot])
 
     def _own(self, weight: Weight) -> Tensor:
         return weight.read(self._dtype) if isinstance(weight, StoredTensor) else weight.clone()
@@ -94,8 +92,25 @@ class SlotLinear(nn.Module):
             parts |= dict(zip((start for start, _ in pieces), torch.split(out, lengths), strict=True))
         return torch.cat([parts[start] for start in sorted(parts)]).view(*x.shape[:-1], -1)
 
+    def rows_of(self, ids: Int64[Tensor, " token"]) -> Float[Tensor, "token input"]:
+        """Of each token's slot some row of the weight, which is packed."""
+        spans = current_groups().tokens.spans
+        assert spans is not None
+        rows = torch.empty(len(ids), self.in_features, dtype=self._dtype)
+        for slot, pieces in spans:
+            layer = self._layers[slot]
+            assert isinstance(layer, PackedLinear)
+            for start, end in pieces:
+                rows[start:end] = layer.rows_of(ids[start:end])
+        return rows
+
     def _product(self, slot: int, rows: Tensor) -> Tensor:
         layer = self._layers[slot]
         assert layer is not None
         out: Tensor = layer(rows)
         return out
+
+
+def is_to_be_packed(layer: Linear) -> bool:
+    """Whether a layer's like are packed, on CPU."""
+    return isinstance(layer, PackedLinear) or is_packable(layer)

@@ -20,10 +20,11 @@ from torch.nn.functional import layer_norm
 from ram_core.errors import CheckpointError
 from ram_core.models.grouped_linear import current_groups, grouped_linear, rows_of_layer
 from ram_core.models.model_stack import ModelStack, Twin, by_module, head_of, replace_module
-from ram_core.models.packed_linear import PackedLinear
+from ram_core.models.packed_linear import PackedLinear, is_lookup
 from ram_core.models.paged import PagedModel
-from ram_core.models.slot_linear import Linear, SlotLinear
+from ram_core.models.slot_linear import Linear, SlotLinear, is_to_be_packed
 from ram_core.models.stored import StoredTensor, StoredWeights, Weight, put
+from ram_core.models.tied_embedding import is_tied, take_rows_of
 
 _NORM_NAMES = {"weight", "bias"}
 _PREFIX = "stacked_"
@@ -102,16 +103,21 @@ def _weights_in(
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     """As `plain_weights`, their shapes alone: what is packed is not laid out plainly for that."""
     shapes = {name: value.shape for name, value in model.named_parameters(remove_duplicate=False)}
-    return shapes | {
-        f"{name}.weight": torch.Size((layer.out_features, layer.in_features))
-        for name, layer in model.named_modules()
-        if isinstance(layer, PackedLinear)
-    }
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLinear):
+            shapes[f"{name}.weight"] = torch.Size((layer.out_features, layer.in_features))
+        elif is_tied(layer):
+            shapes[f"{name}.weight"] = torch.Size((layer.num_embeddings, layer.embedding_dim))
+    return shapes
 
 
 def _tied(model: nn.Module) -> dict[str, str]:
     """Names of weights that are another one's, with its name."""
-    shapes, known = _shapes(model), getattr(model, "all_tied_weights_keys", {})
+    shapes, known = _shapes(model), dict(getattr(model, "all_tied_weights_keys", {}))
+    names = {id(layer): name for name, layer in model.named_modules()}
+    for name, layer in model.named_modules():
+        if is_tied(layer):
+            known[f"{names[id(layer.head)]}.weight"] = f"{name}.weight"
     return {name: source for name, source in known.items() if name in shapes and source in shapes}
 
 
@@ -125,7 +131,8 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """Every weight of a model by name, those of packed layers and tied ones too."""
     weights = {name: value.detach() for name, value in model.named_parameters(remove_duplicate=False)}
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedLinear)}
-    return weights | {f"{name}.weight": layer.weight for name, layer in packed.items()}
+    weights |= {f"{name}.weight": layer.weight for name, layer in packed.items()}
+    return {source: weights[name] for name, source in _tied(model).items()} | weights
 
 
 def unstackable_reason(model: nn.Module) -> str | None:
@@ -135,7 +142,7 @@ def unstackable_reason(model: nn.Module) -> str | None:
         kept = {key for key, _ in module.named_buffers(recurse=False)}
         if kept - module._non_persistent_buffers_set:
             return f"`{name}` keeps numbers that are no weights"
-        if own and not (is_linear(module) or _is_embedding(module) or _is_norm(module)):
+        if own and not (is_linear(module) or is_lookup(module) or _is_norm(module)):
             return f"`{name}` is a {type(module).__name__}, which is no linear layer, embedding or norm"
         if any(type(value) is not nn.Parameter for value in own.values()):
             return f"`{name}` has weights of a layout of its own"
@@ -145,10 +152,6 @@ def unstackable_reason(model: nn.Module) -> str | None:
 def is_linear(module: nn.Module) -> TypeGuard[Linear]:
     """A plain linear layer, as it was or packed; not a subclass, which may do more than multiply."""
     return type(module) in (nn.Linear, PackedLinear)
-
-
-def _is_embedding(module: nn.Module) -> TypeGuard[nn.Embedding]:
-    return isinstance(module, nn.Embedding) and module.max_norm is None
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -196,35 +199,56 @@ def _replace_leaves(
     """Twins by the names of what they replace, in the order in which they are staged.
 
     Embeddings come first, as heads may be tied to them, and then heads: their work is done before a disk has
-    given the last layer.
+    given the last layer. An embedding that a packed head is tied to has no twin: its rows are the head's.
     """
-    twins: dict[str, Twin] = {}
-    # By where the weights lay that they replace.
-    embeddings: dict[int, nn.Parameter] = {}
     leaves = dict(model.named_modules())
-    for name, module in leaves.items():
-        if _is_embedding(module):
-            place = module.weight.data_ptr()
-            twins[name] = leaf = _Leaf(module, num_slots, trailing_axes=1)
-            embeddings[place] = leaf.stacks["weight"]
+    ties = {_owner(name): _owner(source) for name, source in _tied(model).items()}
+    lent = {
+        source: name
+        for name, source in ties.items()
+        if _gets_packed(leaves[name]) and is_lookup(leaves[source])
+    }
+    embeddings = {
+        name: _Leaf(module, num_slots, trailing_axes=1)
+        for name, module in leaves.items()
+        if is_lookup(module) and name not in lent
+    }
+    twins: dict[str, Twin] = dict(embeddings)
     head = head_of(model)
     for name, module in sorted(leaves.items(), key=lambda leaf: leaf[1] is not head):
         if is_linear(module):
-            # A packed head is laid out from a copy of the embedding that it is tied to.
-            tied = embeddings.get(module.weight.data_ptr()) if type(module) is nn.Linear else None
-            # What is packed lies on CPU, and has no weight to look at without a copy.
-            is_on_cpu = isinstance(module, PackedLinear) or module.weight.device.type == "cpu"
-            is_head = module is head
-            if is_on_cpu:
+            own, is_head = embeddings.get(ties.get(name, "")), module is head
+            tied = None if own is None else own.stacks["weight"]
+            if _is_on_cpu(module):
                 twins[name] = SlotLinear(module, num_slots, is_head=is_head, tied=tied, keeps_room=keeps_room)
             else:
                 twins[name] = StackedLinear(module, num_slots, is_head=is_head, tied=tied)
-        elif name not in twins and list(module.parameters(recurse=False)):
+        elif name not in twins and name not in lent and list(module.parameters(recurse=False)):
             twins[name] = _Leaf(module, num_slots, trailing_axes[name])
     for name, twin in twins.items():
         if isinstance(twin, nn.Module):
             replace_module(model, name, twin)
+    for source, name in lent.items():
+        embedding, owner = leaves[source], twins[name]
+        assert is_lookup(embedding)
+        assert isinstance(owner, SlotLinear)
+        take_rows_of(embedding, owner)
     return twins
+
+
+def _is_on_cpu(layer: Linear) -> bool:
+    """What is packed is, and has no weight to look at without a copy."""
+    return isinstance(layer, PackedLinear) or layer.weight.device.type == "cpu"
+
+
+def _gets_packed(module: nn.Module) -> bool:
+    """Whether a slot of it is laid out for the CPU."""
+    return is_linear(module) and _is_on_cpu(module) and is_to_be_packed(module)
+
+
+def _owner(weight: str) -> str:
+    """The name of the module that has a weight."""
+    return weight.rpartition(".")[0]
 
 
 class StackedLinear(nn.Module):

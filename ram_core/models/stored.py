@@ -85,21 +85,16 @@ class StoredTensor:
         self.copy_to(target)
         return target
 
-    def rows(self, dtype: torch.dtype, multiple: int, known: Tensor | None = None) -> Iterator[Tensor]:
+    def rows(self, dtype: torch.dtype, multiple: int) -> Iterator[Tensor]:
         """A matrix on the host, some rows at a time, lent until the next are asked for; raises as `copy_to`.
 
-        As many as a piece takes, and but for the last a multiple of so many. Nothing is read if the same
-        matrix is in memory already, as `known`.
+        As many as a piece takes, and but for the last a multiple of so many.
         """
         num_rows, row_size = self.shape
         least_bytes = multiple * row_size * max(dtype.itemsize, self.dtype.itemsize)
         step = max(_PIECE_BYTES // least_bytes, 1) * multiple
         for at in range(0, num_rows, step):
             count = min(step, num_rows - at)
-            if known is not None:
-                yield known[at : at + count]
-                self._on_read(0)
-                continue
             part = self._pieces.room(count * row_size * dtype.itemsize).view(dtype)
             self._copy(part, at * row_size)
             yield part.view(count, row_size)

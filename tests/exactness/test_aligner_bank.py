@@ -22,14 +22,14 @@ from ram_core.engine.config import AlignerSource, EngineConfig
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import Request, TokenEvent
 from ram_core.errors import CheckpointError
-from ram_core.models import grouped_linear, stacked
+from ram_core.models import grouped_linear, paged, stacked
 from ram_core.models.attention import ATTENTION_NAME
 from ram_core.models.grouped_linear import RowGroups, grouped_linear_reference
 from ram_core.models.kv import KvPool
 from ram_core.models.loading import load_model
 from ram_core.models.packing import Row, pack
 from ram_core.models.paged import PagedModel
-from ram_core.models.stacked import StackedLinear, StackedModel, plain_weights
+from ram_core.models.stacked import StackedModel, plain_weights
 from ram_core.params import SamplingParams
 from tests.exactness.test_engine import ALIGNED, GREEDY, IDENTITY, PROMPTS, TERSE, TWICE, anew, run_together
 from tests.exactness.test_engine import make_config as make_pair
@@ -176,9 +176,8 @@ def test_a_module_of_several_models_gives_the_logits_of_each(
     """A device's way goes through the kernel, interpreted."""
     is_on_device = machine == "device"
     if is_on_device:
-        monkeypatch.setattr(
-            stacked, "SlotLinear", lambda *args, keeps_room, **own: StackedLinear(*args, **own)
-        )
+        monkeypatch.setattr(stacked, "_is_on_cpu", lambda layer: False)
+        monkeypatch.setattr(paged, "pack_linears", lambda model: None)
         by_kernel(monkeypatch)
     paths = [save_any(tmp_path / str(seed), family, seed=seed) for seed in range(3)]
     alone = [load(path) for path in paths]

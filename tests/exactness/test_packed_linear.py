@@ -105,21 +105,3 @@ def test_only_plain_float32_layers_are_replaced() -> None:
     assert (kinds["odd"], kinds["bf16"]) == ("Odd", "Linear")
     # The bias is all that is left of a packed layer's parameters.
     assert [tuple(p.shape) for p in model["plain"].parameters()] == [(4,)]
-
-
-def test_a_tied_head_leaves_the_embedding_as_it_is() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding = nn.Embedding(30, 8)
-            self.head = nn.Linear(8, 30, bias=False)
-            self.head.weight = self.embedding.weight
-
-    model = Tied()
-    before = model.embedding.weight.detach().clone()
-    x = torch.randn(3, 8)
-    expected = model.head(x)
-    pack_linears(model)
-    assert torch.equal(model.embedding.weight, before)
-    with torch.inference_mode():
-        assert (model.head(x) - expected).abs().max() < 1e-6

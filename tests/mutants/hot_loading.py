@@ -113,7 +113,7 @@ HOT_LOADING_MUTANTS = [
         _KEPT,
         ("self._empty.pop() if self._empty else None", "None"),
         ("else self._tied[slot]\n        layer.weight", "else self._tied[0]\n        layer.weight"),
-        ("else self._tied[slot])", "else self._tied[0])"),
+        ("current_groups().tokens.spans\n", "((0, ((0, len(ids)),)),)\n"),
         ("if self._keeps_room and isinstance", "if isinstance"),
     ),
     *mutants(
@@ -121,7 +121,6 @@ HOT_LOADING_MUTANTS = [
         _KEPT,
         ("self._copy(part, at * row_size)", "self._copy(part, at)"),
         ("max(_PIECE_BYTES // least_bytes, 1) * multiple", "max(_PIECE_BYTES // least_bytes, 1)"),
-        ("            if known is not None:", "            if False:"),
     ),
     *mutants(
         "ram_core/aligners/files.py",
