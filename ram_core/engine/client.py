@@ -91,6 +91,16 @@ class EngineClient(Protocol):
             EngineUnavailable: the engine is dead, closed, or being restarted.
         """
 
+    def prefill(self, request: Request) -> None:
+        """Have the proposal read the prompt of a request that waits for its aligners, if there is room.
+
+        Once they are there, submit it under the same `request_id` with its alignment, of which `request` says
+        nothing. Never blocks nor raises: what cannot be served is refused when it is submitted.
+        """
+
+    def forget(self, request_id: str) -> None:
+        """A request for which `prefill` was called is not going to be submitted."""
+
     async def close(self) -> None:
         """End the step loop; running requests fail with `EngineUnavailable`."""
 
@@ -143,3 +153,11 @@ class StreamingClient:
     def submit(self, request: Request) -> RequestStream:
         """Admit a request or refuse it at once; see `EngineClient`. Call it from a running event loop."""
         return self._streams.admit(request)
+
+    def prefill(self, request: Request) -> None:
+        """Have the prompt of a request read that will be submitted; see `EngineClient`."""
+        self._streams.prefill(request)
+
+    def forget(self, request_id: str) -> None:
+        """A request for which `prefill` was called is not going to be submitted."""
+        self._streams.forget(request_id)

@@ -8,11 +8,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
+from contextlib import AbstractContextManager, nullcontext
+
+from msgspec.structs import replace
 
 from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.aligner_loads import AlignerLoads
 from ram_core.engine.bank import PROPOSAL, ModelBank
 from ram_core.engine.config import EngineConfig
+from ram_core.engine.device import one_thread
 from ram_core.engine.graphs import CudaRecorder, EagerRecorder, Recorder, graph_shapes
 from ram_core.engine.layout import Shapes, buckets
 from ram_core.engine.limits import EngineLimits
@@ -28,6 +32,7 @@ from ram_core.engine.messages import (
     FailedEvent,
     FreeAligner,
     LoadAligner,
+    Prefill,
     Request,
     StartedEvent,
     TokenEvent,
@@ -36,14 +41,15 @@ from ram_core.engine.newcomers import Newcomers
 from ram_core.engine.pages import PageBook, chain_root, pages_for
 from ram_core.engine.plan import tell_plan
 from ram_core.engine.room import free_text, is_out_of_memory, memory_for_aligners
+from ram_core.engine.rows import ScheduledRow
 from ram_core.engine.runner import Draw, LaunchedStep, Runner, step_kinds
-from ram_core.engine.scheduler import ScheduledRow, Scheduler
+from ram_core.engine.scheduler import Scheduler
 from ram_core.engine.sequence import Lane, Sequence
 from ram_core.engine.turnover import Turnover
 from ram_core.errors import AlignerUnavailable, EngineOutOfMemory, NonFiniteLogits
 from ram_core.models.backends import can_be_recorded
 from ram_core.models.compilation import compile_layers
-from ram_core.params import AlignerTerm
+from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
 from ram_core.resampling import warm_up
 
 logger = logging.getLogger(__name__)
@@ -85,7 +91,7 @@ class Engine:
             lambda: list(bank.group_by_name.values()),
             lambda: list(bank.pools.values()),
             # Elsewhere the steps' work is on other cores.
-            lambda: device == "cpu" and bool(self._scheduler.running),
+            lambda: device == "cpu" and self._scheduler.is_busy,
         )
 
         def forget(group: AlignerGroup) -> None:
@@ -202,17 +208,27 @@ class Engine:
                 self._failed += self._turnover.free(command)
             case Request():
                 self._add(command)
+            case Prefill(request):
+                self._scheduler.prefill(self._make_prefill(request))
 
     def _add(self, request: Request) -> None:
         choices = range(request.num_choices)
         for term in request.alignment.terms:
             if term.aligner not in self.bank.group_of:
                 # It went while the request was on its way.
+                self.handle(Cancel(request.request_id))
                 error = AlignerUnavailable(f"The aligner `{term.aligner}` was taken out of memory.")
                 self._failed += [FailedEvent(request.request_id, index, error) for index in choices]
                 return
         root = self._prefix_root(request)
         self._scheduler.add(*[self._make_sequence(request, index, root) for index in choices])
+
+    def _make_prefill(self, request: Request) -> Sequence:
+        """What it would draw is void, so that nothing is asked of it."""
+        plain = replace(request, sampling=SamplingParams(), alignment=AlignmentParams())
+        sequence = self._make_sequence(plain, 0, self._prefix_root(request))
+        sequence.is_prefill = True
+        return sequence
 
     def tend(self) -> list[AlignerOutcome]:
         """What has come of orders about aligners; to be called between steps, and after `wake`."""
@@ -226,7 +242,8 @@ class Engine:
         events, self._failed = self._failed, []
         events += self._tell_started(plan.started)
         if plan.rows:
-            launched, starved = self._launch(plan.rows)
+            with self._cores_for(plan.rows):
+                launched, starved = self._launch(plan.rows)
             if len(launched) != 1:
                 self._scheduler.shrink()
             events += [self._tell_starved(sequence) for sequence in starved]
@@ -239,6 +256,12 @@ class Engine:
             self._scheduler.end_step()
         self._counts["num_steps"] += 1
         return events
+
+    def _cores_for(self, rows: Rows[ScheduledRow]) -> AbstractContextManager[None]:
+        """All, but for a step that only reads ahead: the load that it waits for has the others."""
+        on_cpu = self.bank.proposal.device.type == "cpu"
+        is_ahead = on_cpu and all(row.sequence.is_prefill for row in rows)
+        return one_thread() if is_ahead else nullcontext()
 
     def _launch(self, rows: Rows[ScheduledRow]) -> tuple[list[LaunchedStep], list[Sequence]]:
         """Launch rows, in parts if there is no memory for all at once; also whom nothing is left for."""
@@ -264,7 +287,7 @@ class Engine:
             self._scheduler.put_back(sequence)
             return []
         self._scheduler.remove(sequence)
-        return [sequence]
+        return [] if sequence.is_prefill else [sequence]
 
     def _tell_starved(self, sequence: Sequence) -> FailedEvent:
         self._counts["num_out_of_memory"] += 1
@@ -312,15 +335,14 @@ class Engine:
         """One event a request, when its first choice leaves the queue for the first time."""
         events: list[Event] = []
         for sequence in started:
-            if sequence.has_started:
+            if sequence.has_started or sequence.is_prefill:
                 continue
             sequence.has_started = True
-            num_cached = sequence.lanes[0].num_named * self.bank.page_size
             self._counts["num_prompt_tokens"] += len(sequence.request.prompt_ids)
-            self._counts["num_cached_tokens"] += num_cached
+            self._counts["num_cached_tokens"] += sequence.num_cached
             if sequence.index == 0:
                 queue_s = time.monotonic() - sequence.arrived_s
-                events.append(StartedEvent(sequence.request.request_id, queue_s, num_cached))
+                events.append(StartedEvent(sequence.request.request_id, queue_s, sequence.num_cached))
         return events
 
     def _commit(self, rows: Rows[ScheduledRow], draws: Rows[Draw]) -> list[Event]:
@@ -330,11 +352,14 @@ class Engine:
             draw = next(pending) if row.draws else None
             if draw is None or not row.is_current:
                 continue
-            if draw.is_bad:
+            if row.keeps_end and draw.is_bad:
+                # Whoever asks will be told when it reads for itself.
+                self._scheduler.remove(row.sequence)
+            elif draw.is_bad:
                 events.append(self._fail(row.sequence))
             else:
                 self._scheduler.commit(row, draw.token_id)
-                events.append(self._conclude(row.sequence, draw))
+                events += [] if row.keeps_end else [self._conclude(row.sequence, draw)]
         return events
 
     def _fail(self, sequence: Sequence) -> FailedEvent:

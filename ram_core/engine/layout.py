@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ram_core.engine.pages import pages_for
-from ram_core.engine.scheduler import ScheduledRow
+from ram_core.engine.rows import ScheduledRow
 from ram_core.models.packing import BatchLayout, PackedBatch, Row, lay_out
 from ram_core.resampling import StepFeatures
 
@@ -172,7 +172,7 @@ class StepPacker:
         asked = [(row.sequence.request.sampling, row.sequence.request.alignment) for row in drawing]
         features = StepFeatures.of(asked)
         shapes = self.shapes
-        if shapes is not None and not all(row.draws and row.num_tokens == 1 for row in rows):
+        if shapes is not None and not all(row.is_plain for row in rows):
             shapes = None
         num_drawing, num_pages = len(drawing), 0
         if shapes is not None:

@@ -34,6 +34,16 @@ class Request(Struct, frozen=True, tag=True, array_like=True):
     prefix_group: str = ""
 
 
+class Prefill(Struct, frozen=True, tag=True, array_like=True):
+    """Have the proposal read the prompt of a request that still waits for its aligners, if there is room.
+
+    The `Request` of the same id goes on from there; `Cancel` ends it, and so does whoever needs its place. No
+    event tells of it.
+    """
+
+    request: Request
+
+
 class Cancel(Struct, frozen=True, tag=True, array_like=True):
     """Forget a request, or only its choice `index`; unknown ids are ignored (it may just have ended)."""
 
@@ -59,7 +69,7 @@ class FreeAligner(Struct, frozen=True, tag=True, array_like=True):
     aligner: str
 
 
-Command = Request | Cancel | LoadAligner | FreeAligner
+Command = Request | Prefill | Cancel | LoadAligner | FreeAligner
 
 
 class StepTelemetry(Struct, frozen=True, array_like=True, gc=False):

@@ -22,7 +22,8 @@ from ram_core.engine.device import Fork, send_home
 from ram_core.engine.graphs import Recorder, StepGraphs, common_steps
 from ram_core.engine.layout import ModelUse, Served, Shapes, StepLayout, StepPacker, UseNumbers
 from ram_core.engine.messages import StepTelemetry
-from ram_core.engine.scheduler import ScheduledRow
+from ram_core.engine.prompt_ends import PromptEnds
+from ram_core.engine.rows import ScheduledRow
 from ram_core.engine.sequence import Sequence
 from ram_core.models.kv_watch import watched_kv
 from ram_core.models.packing import ready_to_send
@@ -92,10 +93,14 @@ class Runner:
             self._graphs.forget(group.name)
 
     def start(self, sequence: Sequence) -> None:
-        """Write the parameters of a sequence that has just been given its slot; its past there is void."""
+        """Write the parameters of a sequence that has just been given its slot.
+
+        Its past there is void, unless it goes on where its own prompt was read.
+        """
         asked = (sequence.request.sampling, sequence.request.alignment)
         self._params.put(sequence.slot, StepParams.of([asked], seeds=[sequence.seed], positions=[0]))
-        self._num_broken[sequence.slot].zero_()
+        if not sequence.is_continued:
+            self._num_broken[sequence.slot].zero_()
 
     def free_memory(self) -> None:
         """Return what is kept for later to the device, after it had none left."""
@@ -105,19 +110,26 @@ class Runner:
     @torch.inference_mode()
     def launch(self, rows: Rows[ScheduledRow]) -> LaunchedStep:
         """Begin to compute rows of a plan; nothing here waits for the device."""
-        packed = self._packer.pack(rows)
+        packed, ends = self._packer.pack(rows), PromptEnds.of(rows)
         layout, numbers = packed.layout, ready_to_send(packed.numbers, self._device)
-        table = self._graphs.replay(layout, numbers) if self._graphs is not None else None
+        table = None
+        if self._graphs is not None and ends is None:
+            table = self._graphs.replay(layout, numbers)
         if table is None:
-            table = self._compute(layout, numbers.to(self._device, non_blocking=True))
+            table = self._compute(layout, numbers.to(self._device, non_blocking=True), ends)
+        if ends is not None:
+            ends.forget()
         if not packed.num_real:
             return LaunchedStep(tuple(rows))
         return LaunchedStep(tuple(rows), *send_home(table[: packed.num_real]))
 
-    def _compute(self, layout: StepLayout, flat: Int64[Tensor, " number"]) -> Float64[Tensor, "row column"]:
+    def _compute(
+        self, layout: StepLayout, flat: Int64[Tensor, " number"], ends: PromptEnds | None = None
+    ) -> Float64[Tensor, "row column"]:
         """All that a step does on the device, of nothing but its layout and its numbers: its results.
 
-        Where to write to, and the tables that it reads, are the same for every step.
+        Where to write to, and the tables that it reads, are the same for every step. One with `ends` does
+        more, and is never recorded.
         """
         numbers = layout.read(flat)
         uses = list(zip(layout.uses, numbers.uses, strict=True))
@@ -133,6 +145,8 @@ class Runner:
                 proposal_logits = logits
             elif use.has_terms:
                 terms.append(AlignerLogits(part.rows, logits, part.strength))
+        if ends is not None:
+            proposal_logits = ends.complete(proposal_logits)
         assert proposal_logits is not None, "a row that draws is read by the proposal"
         draws = draw_tokens(
             proposal_logits,

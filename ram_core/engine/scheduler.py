@@ -1,10 +1,7 @@
 """Which sequence contributes how many tokens to the next step. Plain Python: never imports torch.
 
 Sequences that are being written come first, one token each; what is left of the step's budget goes to
-prompts, in chunks, shared equally between tenants. Beside writing, a chunk is short, so that a long prompt
-delays no other sequence's next token by much; alone it may fill the step. Where many could read beside few
-that write, as in a burst that finds the server idle, the chunk is longer: few wait for many, and the batch is
-full sooner. What is left of a short prompt is read at once if its tenant writes nothing.
+prompts, in chunks, shared equally between tenants (see `reading`).
 
 A sequence is admitted when a slot and pages for its prompt are free, in the order of `FairQueue`; it begins
 behind the longest prefix that its lanes find in the books. When a running one finds no page, or somebody of a
@@ -12,6 +9,10 @@ better priority waits, the last of the lowest priority is put back into the queu
 noise is counter-based, so it draws the same tokens). So is the last of the tenant with most running when one
 that has nothing running waits: a flood leaves everybody else a place. Every admitted sequence fits alone, so
 the first of the best priority always gets on and nothing can wait for ever.
+
+While a request waits for its aligners, the proposal may read its prompt: a sequence of its own does, in a
+place that nobody waits for, and gives way to everybody. Once the aligners are there, the request's sequence
+goes on in that place.
 
 A plan may be made while earlier steps still run: the tokens that these draw are counted before they are
 known. Pages that a sequence gives back are free only when every step is done that was launched before: until
@@ -28,42 +29,9 @@ from itertools import chain
 
 from ram_core.engine.fair_queue import FairQueue
 from ram_core.engine.pages import PageBook, pages_for
-from ram_core.engine.sequence import Sequence
-
-_GUEST_CHUNKS = 2
-"""Up to so many chunks are read at once for a tenant that writes nothing."""
-_READER_WEIGHT = 4
-"""Who waits for a first token counts as so many who wait for their next one."""
-_MIN_SHARE = 16
-"""So many tokens of prompt a tenant gets in a step at least, if it gets any."""
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
-    """Brings all lanes of a sequence to `end`; the last of its tokens draws a token if `draws`.
-
-    Lane i reads from `lane_starts[i]`, which is `end` if it has nothing to do; `start` is the least of them.
-    """
-
-    sequence: Sequence
-    stay: int
-    lane_starts: tuple[int, ...]
-    end: int
-    draws: bool
-
-    @property
-    def start(self) -> int:
-        return min(self.lane_starts)
-
-    @property
-    def num_tokens(self) -> int:
-        """What the row takes of the step's budget: the tokens of its slowest lane."""
-        return self.end - self.start
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the sequence is still in the stay that the row was planned for."""
-        return self.sequence.stay == self.stay
+from ram_core.engine.reading import MIN_SHARE, ReadingShares
+from ram_core.engine.rows import ScheduledRow
+from ram_core.engine.sequence import Lane, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +58,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._page_size = page_size
-        self._num_slots = num_slots
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._queue = FairQueue(quantum=max_step_tokens)
         # Choices that wait for the first of their request to have read the prompt that they share.
@@ -99,10 +66,9 @@ class Scheduler:
         self._num_done = 0
         # What was given back while steps ran: pool, pages, and the last step that was launched before.
         self._leaving: deque[tuple[int, str, list[int]]] = deque()
-        self._max_chunk_tokens = max_chunk_tokens
-        # Never twice in a row: other prompts get on, however many strangers come.
-        self._has_welcomed = False
-        self._set_budget(max_step_tokens)
+        self._shares = ReadingShares(max_step_tokens, max_chunk_tokens, num_slots)
+        # Those whose requests are still to come, by request; without a slot until the next plan.
+        self._prefills: dict[str, Sequence] = {}
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -110,8 +76,14 @@ class Scheduler:
         return [*self._queue, *chain.from_iterable(self._followers.values())]
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a request's sequence runs; any thread may ask."""
+        return any(not sequence.is_prefill for sequence in self.running)
+
+    @property
     def has_work(self) -> bool:
-        return bool(self.running or self._queue)
+        is_reading = any(sequence.num_pending for sequence in self._prefills.values())
+        return bool(self._queue) or is_reading or self.is_busy
 
     def add(self, *choices: Sequence) -> None:
         """Queue the choices of a request. A prompt that fills a page is read once for all of them."""
@@ -123,16 +95,24 @@ class Scheduler:
             for sequence in others:
                 self._queue.add(sequence)
 
+    def prefill(self, sequence: Sequence) -> None:
+        """Have a prompt read whose request is still to come, if there is room that nobody waits for."""
+        self._prefills.setdefault(sequence.request.request_id, sequence)
+
     def find(self, request_id: str, index: int | None) -> list[Sequence]:
         """The live sequences of a request, or the one of its choice `index`."""
         return [
             sequence
-            for sequence in (*self.running, *self.waiting)
+            for sequence in dict.fromkeys((*self.running, *self.waiting, *self._prefills.values()))
             if sequence.request.request_id == request_id and index in (None, sequence.index)
         ]
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not; its slot is free at once, its pages when no step runs."""
+        if sequence.is_prefill:
+            self._prefills.pop(sequence.request.request_id, None)
+            self._leave(sequence)
+            return
         for leader, others in self._followers.items():
             if sequence in others:
                 others.remove(sequence)
@@ -142,9 +122,9 @@ class Scheduler:
         self._free_followers(sequence)
         if sequence.slot < 0:
             self._queue.remove(sequence)
-        else:
-            self.running.remove(sequence)
-            self._release(sequence)
+            if (prefill := self._prefill_of(sequence)) is not None:
+                self.remove(prefill)
+        self._leave(sequence)
         self._queue.leave(sequence)
 
     @property
@@ -160,26 +140,27 @@ class Scheduler:
     @property
     def can_shrink(self) -> bool:
         """Whether a step may have fewer tokens than now."""
-        return self._max_step_tokens > self._num_slots + 1
+        return self._shares.can_shrink
 
     def shrink(self) -> None:
         """Halve the budget of a step: the last one found no memory."""
-        self._set_budget(self._max_step_tokens // 2)
+        self._shares.shrink()
 
     def plan(self) -> Plan:
         """Choose the rows of the next step and reserve their pages."""
-        writing = [sequence for sequence in self.running if sequence.num_pending == 1 and sequence.may_draw]
+        writing = [sequence for sequence in self.running if sequence.is_writing]
         # Making room for a better one may have put a worse one back.
         rows = [
             self._row(sequence, 1) for sequence in writing if sequence.slot >= 0 and self._make_room(sequence)
         ]
-        reading = [sequence for sequence in self.running if sequence.num_pending > 1]
-        budget = self._chunk_budget(len(rows), len(reading))
+        reading = [sequence for sequence in self.running if sequence.is_reading]
+        budget = self._shares.budget(len(rows), len(reading) + self._num_coming)
         started = self._admit(reading, budget)
+        started += self._begin_prefills(reading)
         # Those put back for somebody of a better priority leave the step; their share goes to the prompts.
         rows = [row for row in rows if row.is_current]
         reading = [sequence for sequence in reading if sequence.slot >= 0]
-        shares = self._shares(reading, rows)
+        shares = self._shares.of(reading, [row.sequence for row in rows], self._num_coming)
         rows += [self._row(sequence, num) for sequence, num in zip(reading, shares, strict=True) if num]
         rows.sort(key=lambda row: row.num_tokens > 1)
         return Plan(tuple(rows), tuple(started))
@@ -196,35 +177,29 @@ class Scheduler:
             self.books[pool].give_back(pages)
 
     def commit(self, row: ScheduledRow, token_id: int) -> None:
-        """Note the token that a row drew. The row must be current: what others drew is void."""
+        """Note the token that a row drew, unless it is void. The row must be current: what others drew is."""
         sequence = row.sequence
-        sequence.num_in_flight -= 1
         self._name_pages(sequence, row.end)
+        if row.keeps_end:
+            return
+        sequence.num_in_flight -= 1
         sequence.token_ids.append(token_id)
         self._queue.charge(sequence, 1)
         self._free_followers(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """Preempt: free everything and wait in front of the queue, to be recomputed from the start."""
-        self.running.remove(sequence)
-        self._release(sequence)
+        if sequence.is_prefill:
+            self.remove(sequence)
+            return
+        self._leave(sequence)
         self._queue.put_back(sequence)
         self.num_preemptions += 1
 
-    def _set_budget(self, max_step_tokens: int) -> None:
-        # At least one prompt token must fit beside a full batch of drawing sequences.
-        self._max_step_tokens = max(max_step_tokens, self._num_slots + 1)
-
-    def _chunk_budget(self, num_writing: int, num_reading: int) -> int:
-        """Tokens of prompts that a step may read: a chunk, or more where many wait for the sake of few."""
-        left = self._max_step_tokens - num_writing
-        if not num_writing:
-            return left
-        if self._free_slots:
-            num_reading += min(len(self._queue), len(self._free_slots))
-        # Never more than a chunk each: one long prompt by itself delays nobody by more.
-        num_chunks = min(_READER_WEIGHT * num_reading // num_writing, num_reading)
-        return min(left, self._max_chunk_tokens * max(num_chunks, 1))
+    @property
+    def _num_coming(self) -> int:
+        """How many of those that wait find a slot."""
+        return min(len(self._queue), len(self._free_slots)) if self._free_slots else 0
 
     def _free_followers(self, leader: Sequence) -> None:
         for sequence in reversed(self._followers.pop(leader, [])):
@@ -237,7 +212,7 @@ class Scheduler:
             tenants = {sequence.request.tenant for sequence in reading}
             wanted = sum(sequence.num_pending for sequence in reading)
             # One that found nothing to do would hold a slot and pages all the same.
-            is_new_tenant = head.request.tenant not in tenants and len(tenants) * _MIN_SHARE < budget
+            is_new_tenant = head.request.tenant not in tenants and len(tenants) * MIN_SHARE < budget
             if wanted >= budget and not is_new_tenant:
                 break
             if not self._start(head):
@@ -246,68 +221,99 @@ class Scheduler:
             started.append(head)
         return started
 
+    def _begin_prefills(self, reading: list[Sequence]) -> list[Sequence]:
+        """Start those that were asked for while nobody waits and there is room; forgets the others."""
+        started: list[Sequence] = []
+        for sequence in [each for each in self._prefills.values() if each.slot < 0]:
+            prefixes = None if self._queue else self._prefixes_with_room(sequence)
+            if prefixes is None:
+                self.remove(sequence)
+                continue
+            self._place(sequence, prefixes)
+            reading.append(sequence)
+            started.append(sequence)
+        return started
+
     def _start(self, sequence: Sequence) -> bool:
         """Give the head of the queue a slot, what it shares, and pages for the rest; False without room."""
-        while (prefixes := self._prefixes_with_room(sequence)) is None:
-            worst = None if self._is_room_coming(sequence) else self._worst()
-            if worst is not None and worst.request.priority > sequence.request.priority:
-                self.put_back(worst)
-            elif worst is not None and (richest := self._last_of_the_richest(sequence)) is not None:
-                self._step_aside(richest)
-            else:
-                return False
+        if not self._go_on(sequence):
+            while (prefixes := self._prefixes_with_room(sequence)) is None:
+                if not self._make_place(sequence):
+                    return False
+            self._place(sequence, prefixes)
         self._queue.take(sequence)
-        for lane, pages in zip(sequence.lanes, prefixes, strict=True):
-            self.books[lane.pool].share(pages)
-            lane.pages = pages
-            lane.num_named = len(pages)
-            lane.num_computed = len(pages) * self._page_size
-        self._reserve(sequence, len(sequence.token_ids))
-        sequence.slot = self._free_slots.pop()
-        self.running.append(sequence)
         if not sequence.has_started:
             self._queue.charge(sequence, sequence.num_pending)
         return True
 
-    def _shares(self, reading: list[Sequence], writing: list[ScheduledRow]) -> list[int]:
-        """Tokens for each reader; what is left of a guest's prompt goes before all others."""
-        budget = self._chunk_budget(len(writing), len(reading))
-        guest = None if self._has_welcomed else self._guest(reading, writing)
-        self._has_welcomed = guest is not None
-        if guest is None:
-            return self._share_out(reading, budget)
-        others = [sequence for sequence in reading if sequence is not guest]
-        shares = dict(zip(others, self._share_out(others, max(budget - guest.num_pending, 0)), strict=True))
-        return [guest.num_pending if sequence is guest else shares[sequence] for sequence in reading]
+    def _make_place(self, sequence: Sequence) -> bool:
+        """Have somebody give way to the head of the queue; False if it has to wait."""
+        if self._is_room_coming(sequence):
+            return False
+        if self._drop_prefill():
+            return True
+        worst = self._worst()
+        if worst is not None and worst.request.priority > sequence.request.priority:
+            self.put_back(worst)
+        elif worst is not None and (richest := self._last_of_the_richest(sequence)) is not None:
+            self._step_aside(richest)
+        else:
+            return False
+        return True
 
-    def _guest(self, reading: list[Sequence], writing: list[ScheduledRow]) -> Sequence | None:
-        """The first whose tenant only waits while others write, and whose prompt is soon read."""
-        if not writing:
-            return None
-        tenants = {row.sequence.request.tenant for row in writing}
-        left = self._max_step_tokens - len(writing)
-        soon = min(_GUEST_CHUNKS * self._max_chunk_tokens, left)
-        strangers = (each for each in reading if each.request.tenant not in tenants)
-        return next((each for each in strangers if each.num_pending <= soon), None)
+    def _place(self, sequence: Sequence, prefixes: list[list[int]]) -> None:
+        """Give a sequence a free slot and free pages, behind what its lanes found."""
+        for lane, pages in zip(sequence.lanes, prefixes, strict=True):
+            self._share(lane, pages)
+        self._reserve(sequence, len(sequence.token_ids))
+        sequence.num_cached = sequence.lanes[0].num_computed
+        sequence.slot = self._free_slots.pop()
+        self.running.append(sequence)
 
-    def _share_out(self, reading: list[Sequence], budget: int) -> list[int]:
-        """Tokens for each reader: its tenant's equal share, oldest first; then what others leave over."""
-        if not reading:
-            return []
-        tenants = dict.fromkeys(sequence.request.tenant for sequence in reading)
-        left = dict.fromkeys(tenants, max(budget // len(tenants), 1))
-        spare = budget
-        shares = []
-        for sequence in reading:
-            share = min(sequence.num_pending, left[sequence.request.tenant], spare)
-            left[sequence.request.tenant] -= share
-            spare -= share
-            shares.append(share)
-        for index, sequence in enumerate(reading):
-            extra = min(sequence.num_pending - shares[index], spare)
-            shares[index] += extra
-            spare -= extra
-        return shares
+    def _share(self, lane: Lane, pages: list[int]) -> None:
+        self.books[lane.pool].share(pages)
+        lane.pages = pages
+        lane.num_named = len(pages)
+        lane.num_computed = len(pages) * self._page_size
+
+    def _go_on(self, sequence: Sequence) -> bool:
+        """Take the place of the one that reads the prompt before its request came, with room for the others.
+
+        That one is gone in any case.
+        """
+        if (prefill := self._prefill_of(sequence)) is None:
+            return False
+        own, *others = sequence.lanes
+        found = [prefill.lanes[0].pages, *self._find_prefixes(sequence)[1:]]
+        is_same = (prefill.token_ids, prefill.prefix_root) == (sequence.token_ids, sequence.prefix_root)
+        # Without an aligner it would have nothing to read, and draw nothing.
+        if not (is_same and others and prefill.slot >= 0 and self._has_room(sequence, found)):
+            self.remove(prefill)
+            return False
+        del self._prefills[sequence.request.request_id]
+        before = prefill.lanes[0]
+        own.pages, own.num_computed, own.num_named = before.pages, before.num_computed, before.num_named
+        for lane, pages in zip(others, found[1:], strict=True):
+            self._share(lane, pages)
+        self._reserve(sequence, len(sequence.token_ids))
+        sequence.num_cached, sequence.end_logits = prefill.num_cached, prefill.end_logits
+        sequence.is_continued = True
+        sequence.slot, prefill.slot = prefill.slot, -1
+        # Rows of it that are under way are not the sequence's.
+        prefill.stay += 1
+        self.running[self.running.index(prefill)] = sequence
+        return True
+
+    def _prefill_of(self, sequence: Sequence) -> Sequence | None:
+        """The one that reads a sequence's prompt before its request came."""
+        return None if sequence.index else self._prefills.get(sequence.request.request_id)
+
+    def _drop_prefill(self) -> bool:
+        """Have the last one go that reads a prompt before its request came; False if there is none."""
+        for sequence in reversed(self._prefills.values()):
+            self.remove(sequence)
+            return True
+        return False
 
     @staticmethod
     def _row(sequence: Sequence, num_tokens: int) -> ScheduledRow:
@@ -316,7 +322,7 @@ class Scheduler:
         draws = end == sequence.num_tokens
         for lane in sequence.lanes:
             lane.num_computed = max(lane.num_computed, end)
-        sequence.num_in_flight += draws
+        sequence.num_in_flight += draws and not sequence.is_prefill
         return ScheduledRow(sequence, sequence.stay, starts, end, draws)
 
     def _find_prefixes(self, sequence: Sequence) -> list[list[int]]:
@@ -344,9 +350,11 @@ class Scheduler:
         if not self._free_slots:
             return None
         prefixes = self._find_prefixes(sequence)
+        return prefixes if self._has_room(sequence, prefixes) else None
+
+    def _has_room(self, sequence: Sequence, prefixes: list[list[int]]) -> bool:
         needed = self._needed_behind(sequence, prefixes)
-        has_room = all(count <= self.books[pool].num_free for pool, count in needed.items())
-        return prefixes if has_room else None
+        return all(count <= self.books[pool].num_free for pool, count in needed.items())
 
     def _needed_behind(self, sequence: Sequence, prefixes: list[list[int]]) -> Counter[str]:
         """Free pages that a sequence takes of each pool to start behind what its lanes found."""
@@ -379,6 +387,8 @@ class Scheduler:
         while any(count > self.books[pool].num_free for pool, count in needed.items()):
             if self._is_coming(needed):
                 return False
+            if self._drop_prefill():
+                continue
             worst = self._worst()
             assert worst is not None
             self.put_back(worst)
@@ -407,12 +417,15 @@ class Scheduler:
 
     def _step_aside(self, sequence: Sequence) -> None:
         """As `put_back`, but behind those of other tenants."""
-        self.running.remove(sequence)
-        self._release(sequence)
+        self._leave(sequence)
         self._queue.step_aside(sequence)
         self.num_preemptions += 1
 
-    def _release(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence) -> None:
+        """Have a sequence give up its place, if it has one."""
+        if sequence.slot < 0:
+            return
+        self.running.remove(sequence)
         for lane in sequence.lanes:
             if self._num_launched > self._num_done:
                 self._leaving.append((self._num_launched, lane.pool, lane.pages))
@@ -423,3 +436,4 @@ class Scheduler:
         sequence.slot = -1
         sequence.stay += 1
         sequence.num_in_flight = 0
+        sequence.is_continued, sequence.end_logits = False, None

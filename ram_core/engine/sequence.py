@@ -38,6 +38,10 @@ class Sequence:
     parameter tables for as long as the sequence runs, -1 while it waits. `stay` counts its stays in the
     batch: what a step brings for an earlier stay is void. `prefix_root` starts the chain of page digests,
     None if nothing is shared.
+
+    A sequence with `is_prefill` has the proposal read a prompt before its request comes: it draws nothing.
+    `end_logits` are then what the proposal says after the prompt, on its device, for the one that goes on
+    from there, which `is_continued`. `num_cached` tokens were in the proposal's pages when the first began.
     """
 
     request: Request
@@ -53,6 +57,10 @@ class Sequence:
     slot: int = -1
     stay: int = 0
     has_started: bool = False
+    is_prefill: bool = False
+    is_continued: bool = False
+    end_logits: object = None
+    num_cached: int = 0
     _digests: list[bytes] = field(default_factory=list)
 
     @property
@@ -74,6 +82,16 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens that are not computed: the rest of the prompt, or the token drawn last."""
         return self.num_tokens - self.num_computed
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether it has one token to read, and may draw the next."""
+        return self.num_pending == 1 and self.may_draw and not self.is_prefill
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether it has tokens of its prompt to read."""
+        return self.num_pending > (0 if self.is_prefill else 1)
 
     @property
     def may_draw(self) -> bool:

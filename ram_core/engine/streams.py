@@ -8,10 +8,19 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import suppress
 
 from ram_core.engine.limits import EngineLimits
-from ram_core.engine.messages import Cancel, Command, Event, FailedEvent, Request, StartedEvent
-from ram_core.errors import EngineUnavailable, QueueFull
+from ram_core.engine.messages import (
+    Cancel,
+    Command,
+    Event,
+    FailedEvent,
+    Prefill,
+    Request,
+    StartedEvent,
+)
+from ram_core.errors import EngineUnavailable, QueueFull, RamError
 
 _RETRY_AFTER_S = 1.0
 
@@ -154,6 +163,18 @@ class OpenStreams:
             self._num_open += request.num_choices
             self._streams[request.request_id] = stream
         return stream
+
+    def prefill(self, request: Request) -> None:
+        """Have a prompt read before its request comes, unless it would be refused; see `EngineClient`."""
+        with suppress(RamError):
+            self.limits.check(request)
+            with self._lock:
+                if self._trouble is None:
+                    self._send(Prefill(request))
+
+    def forget(self, request_id: str) -> None:
+        """What was asked for by `prefill` is not needed any more."""
+        self._send(Cancel(request_id))
 
     def cancel(self, stream: RequestStream, index: int) -> None:
         """Ask the engine to forget a choice; its slot and pages are free before the next step."""

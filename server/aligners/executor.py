@@ -66,6 +66,7 @@ class Executor:
         answers: Mapping[str, asyncio.Future[Grant]],
         watcher: Watcher,
         *,
+        on_loading: Callable[[], None],
         on_freed: Callable[[], None],
     ) -> None:
         self.failed_promotions: dict[str, RamError] = {}
@@ -75,6 +76,7 @@ class Executor:
         self._versions = versions
         self._answers = answers
         self._watcher = watcher
+        self._on_loading = on_loading
         self._on_freed = on_freed
         self._loading: set[VersionKey] = set()
         self._freeing: set[VersionKey] = set()
@@ -109,6 +111,11 @@ class Executor:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether the engine loads an aligner."""
+        return bool(self._loading)
+
     async def change(self) -> None:
         """Until something has changed."""
         if self._changed is None:
@@ -136,6 +143,7 @@ class Executor:
                     spare = max(0, self._registry.limits.memory_bytes - self._registry.held_bytes)
                     parts = self._versions[key].parts
                     self._engine.load_aligner(LoadAligner(str(key), parts, num_bytes + spare))
+                    self._on_loading()
                 case Free(key):
                     self._free(key)
                 case Promoted(name, shares):

@@ -85,10 +85,18 @@ class AlignerService:
         self._versions: dict[VersionKey, KnownVersion] = {}
         self._defaults: dict[str, Defaults] = {}
         self._answers: dict[str, asyncio.Future[Grant]] = {}
+        self._to_tell: dict[str, Callable[[], None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.registry = AlignerRegistry(RegistryLimits(memory_bytes=0, max_jobs=options.max_loads))
         self._executor = Executor(
-            self.registry, engine, checker, self._versions, self._answers, watcher, on_freed=self._forget
+            self.registry,
+            engine,
+            checker,
+            self._versions,
+            self._answers,
+            watcher,
+            on_loading=self._tell_loading,
+            on_freed=self._forget,
         )
         self.held_back: Mapping[str, str] = {}
 
@@ -121,9 +129,17 @@ class AlignerService:
         """The aligners that answer requests, as they were made known; the same object until they change."""
         return self.registry.names
 
-    async def acquire(self, request_id: str, asked: Iterable[AskedAligner], *, sticky_key: str) -> Lease:
+    async def acquire(
+        self,
+        request_id: str,
+        asked: Iterable[AskedAligner],
+        *,
+        sticky_key: str,
+        on_loading: Callable[[], None] = lambda: None,
+    ) -> Lease:
         """Versions for a request, waited for if need be; `release` gives them back.
 
+        `on_loading` is called if it waits, as soon as the engine loads an aligner, perhaps another's.
         If it is cancelled or raises, there is nothing to give back.
 
         Raises:
@@ -140,13 +156,23 @@ class AlignerService:
         answer = self._answers[request_id] = asyncio.get_running_loop().create_future()
         try:
             self._ask(request_id, asked, sticky_key)
+            if not answer.done():
+                self._to_tell[request_id] = on_loading
+                if self._executor.is_loading:
+                    self._tell_loading()
             grant = await answer
         except BaseException:
             self.release(request_id)
             raise
         finally:
+            self._to_tell.pop(request_id, None)
             del self._answers[request_id]
         return self._lease(grant)
+
+    def _tell_loading(self) -> None:
+        waiting, self._to_tell = self._to_tell, {}
+        for tell in waiting.values():
+            tell()
 
     def release(self, request_id: str) -> None:
         """A request has ended, however it did; once more changes nothing."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -96,16 +97,25 @@ async def answer(
     http: HttpRequest, ask: Ask, prompts: list[tuple[int, ...]], renderer: Renderer, *, prompt_field: str
 ) -> Response:
     """Have the prompts continued; `prompt_field` is what the wire calls them."""
-    caller, aligners = caller_of(http), serving_of(http).aligners
+    caller, aligners, engine = caller_of(http), serving_of(http).aligners, serving_of(http).loaded.engine
     # A place is taken before anybody waits for aligners, so that those who wait count.
     reservation = _reserve(http, ask, prompts)
+    requests = _requests(caller, ask, prompts, renderer.id)
+    announced: list[Request] = []
     is_admitted = False
+
+    def announce() -> None:
+        announced.extend(requests)
+        for request in requests:
+            engine.prefill(request)
+
     try:
         sticky_key = _sticky_key(caller, ask) or renderer.id
-        lease = await aligners.acquire(renderer.id, ask.aligners, sticky_key=sticky_key)
+        lease = await aligners.acquire(renderer.id, ask.aligners, sticky_key=sticky_key, on_loading=announce)
         alignment = aligned(ask, lease)
         renderer.begin(lease, alignment)
-        generation = _generation(http, ask, prompts, renderer, lease, alignment, reservation)
+        submitted = [replace(request, alignment=alignment) for request in requests]
+        generation = _generation(http, ask, submitted, renderer, lease, reservation)
         try:
             if ask.is_stream:
                 response: Response = await _stream(generation, renderer, serving_of(http), ask)
@@ -118,29 +128,20 @@ async def answer(
         raise _in_wire_words(error, prompt_field) from None
     finally:
         if not is_admitted:
+            for request in announced:
+                engine.forget(request.request_id)
             reservation.cancel()
             aligners.release(renderer.id)
 
 
-def _generation(
-    http: HttpRequest,
-    ask: Ask,
-    prompts: list[tuple[int, ...]],
-    renderer: Renderer,
-    lease: Lease,
-    alignment: AlignmentParams,
-    reservation: Reservation,
-) -> Generation:
-    """The answer's choices, which give the lease back when they are left."""
-    serving, caller = serving_of(http), caller_of(http)
-    loaded, aligners = serving.loaded, serving.aligners
-    requests = [
+def _requests(caller: Caller, ask: Ask, prompts: list[tuple[int, ...]], answer_id: str) -> list[Request]:
+    """What the engine is asked, for the proposal alone: nobody knows yet which aligners there are."""
+    return [
         Request(
-            f"{renderer.id}-{number}",
+            f"{answer_id}-{number}",
             prompt_ids,
             ask.sampling,
-            alignment,
-            ask.num_choices,
+            num_choices=ask.num_choices,
             tenant=caller.tenant.name,
             priority=caller.tenant.priority,
             cache_salt=ask.cache_salt,
@@ -148,7 +149,20 @@ def _generation(
         )
         for number, prompt_ids in enumerate(prompts)
     ]
-    answered = _labels(lease, alignment)
+
+
+def _generation(
+    http: HttpRequest,
+    ask: Ask,
+    requests: list[Request],
+    renderer: Renderer,
+    lease: Lease,
+    reservation: Reservation,
+) -> Generation:
+    """The answer's choices, which give the lease back when they are left."""
+    serving, caller = serving_of(http), caller_of(http)
+    loaded, aligners = serving.loaded, serving.aligners
+    answered = _labels(lease, requests[0].alignment)
     account = Account(
         caller,
         reservation,
@@ -159,7 +173,7 @@ def _generation(
         answered[0],
         tuple(f"{lent.name}@{lent.version}" for lent in lease.aligners),
         http.state.arrived_s,
-        lambda: tuple(loaded.tokenizer.decode(prompt_ids) for prompt_ids in prompts),
+        lambda: tuple(loaded.tokenizer.decode(request.prompt_ids) for request in requests),
     )
     return Generation(
         loaded.engine,

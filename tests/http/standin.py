@@ -196,6 +196,12 @@ class ScriptedEngine:
         self.requests.append(request)
         return ScriptedStream(self, request)
 
+    def prefill(self, request: Request) -> None:
+        raise AssertionError("nobody waits for what is in memory")
+
+    def forget(self, request_id: str) -> None:
+        raise AssertionError("nobody waits for what is in memory")
+
     async def close(self) -> None:
         self.trouble = "the engine was closed"
 

@@ -15,11 +15,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+from msgspec.structs import replace
 
 from ram_core.engine.fair_queue import FairQueue
 from ram_core.engine.messages import Request
 from ram_core.engine.pages import PageBook, chain_root, pages_for
-from ram_core.engine.scheduler import Plan, ScheduledRow, Scheduler
+from ram_core.engine.rows import ScheduledRow
+from ram_core.engine.scheduler import Plan, Scheduler
 from ram_core.engine.sequence import Lane, Sequence
 from ram_core.params import SamplingParams
 from tests.unit.test_scheduler import PAGE_SIZE, make_scheduler
@@ -60,9 +62,13 @@ def make_choices(
 
 
 class Traffic(RuleBasedStateMachine):
-    """Requests come, are cancelled, and are served, with up to one step under way."""
+    """Requests come, are cancelled, and are served, with up to one step under way.
+
+    Of some, the proposal reads the prompt before they come, and what it says at the end is kept.
+    """
 
     living = Bundle("living")
+    coming = Bundle("coming")
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,6 +82,7 @@ class Traffic(RuleBasedStateMachine):
         )
         self.memory: dict[tuple[str, int, int], object] = {}
         self.alive: dict[str, list[Sequence]] = {}
+        self.announced: dict[str, Sequence] = {}
         self.under_way: deque[Plan] = deque()
         self.num_requests = 0
 
@@ -92,11 +99,17 @@ class Traffic(RuleBasedStateMachine):
     def come(
         self, tenant: str, priority: int, lanes: str, prompt: list[int], limit: int, num_choices: int
     ) -> str:
+        return self.add(self.make_request(tenant, priority, prompt, num_choices), lanes, limit)
+
+    def make_request(self, tenant: str, priority: int, prompt: list[int], num_choices: int) -> Request:
         name = str(self.num_requests)
         self.num_requests += 1
-        request = Request(
+        return Request(
             name, tuple(prompt), SamplingParams(), num_choices=num_choices, tenant=tenant, priority=priority
         )
+
+    def add(self, request: Request, lanes: str, limit: int) -> str:
+        name, prompt = request.request_id, request.prompt_ids
         sequences = make_choices(request, LANES[lanes], limit)
         # What `EngineLimits` checks before a request is let in.
         per_pool = max(Counter(pool for _, pool in LANES[lanes]).values())
@@ -107,10 +120,47 @@ class Traffic(RuleBasedStateMachine):
         self.alive[name] = sequences
         return name
 
+    @rule(
+        target=coming,
+        tenant=st.sampled_from(["", "x"]),
+        priority=st.sampled_from([0, 0, 1]),
+        prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
+        num_choices=st.sampled_from([1, 1, 2]),
+    )
+    def announce(self, tenant: str, priority: int, prompt: list[int], num_choices: int) -> Request:
+        request = self.make_request(tenant, priority, prompt, num_choices)
+        sequence = make_choices(request, LANES["p"], 1)[0]
+        sequence.is_prefill = True
+        self.scheduler.prefill(sequence)
+        self.announced[request.request_id] = sequence
+        return request
+
+    @rule(
+        target=living,
+        request=consumes(coming),
+        lanes=st.sampled_from(sorted(LANES)),
+        is_same=st.sampled_from([True, True, True, False]),
+        limit=st.integers(1, 10),
+    )
+    def arrive(self, request: Request, lanes: str, is_same: bool, limit: int) -> str:
+        del self.announced[request.request_id]
+        if not is_same:
+            request = replace(request, prompt_ids=(*request.prompt_ids[:-1], 1 - request.prompt_ids[-1]))
+        return self.add(request, lanes, limit)
+
+    @rule(request=consumes(coming))
+    def take_back(self, request: Request) -> None:
+        announced = self.announced.pop(request.request_id)
+        for sequence in self.scheduler.find(request.request_id, None):
+            assert sequence is announced
+            self.scheduler.remove(sequence)
+
     @rule(name=consumes(living), index=st.sampled_from([None, 0, 1]))
     def cancel(self, name: str, index: int | None) -> None:
         for sequence in self.scheduler.find(name, index):
-            self.end(sequence)
+            # What was read for its first choice goes with that.
+            if not sequence.is_prefill:
+                self.end(sequence)
 
     @rule(depth=st.integers(0, 1), times=st.integers(1, 5))
     def serve(self, depth: int, times: int) -> None:
@@ -148,6 +198,12 @@ class Traffic(RuleBasedStateMachine):
         """Write what a forward would, and read what its attention would."""
         sequence = row.sequence
         text = self.text_of(sequence, row.end)
+        if row.knows_end:
+            assert sequence.end_logits == text
+            sequence.end_logits = None
+        if row.keeps_end:
+            assert not row.knows_end
+            sequence.end_logits = text
         for lane, start in zip(sequence.lanes, row.lane_starts, strict=True):
             for position in range(start, row.end):
                 page = lane.pages[position // PAGE_SIZE]
@@ -176,6 +232,8 @@ class Traffic(RuleBasedStateMachine):
                 sequence = row.sequence
                 assert len(sequence.token_ids) == row.end
                 self.scheduler.commit(row, drawn_token(sequence, row.end))
+                if row.keeps_end:
+                    continue
                 # Some end at a stop token, of which nobody knew when the next step was planned.
                 is_stopped = drawn_token(sequence, row.end) == 2 and sequence.num_drawn > 3
                 if is_stopped or sequence.finish_reason_after(-1) is not None:
@@ -206,11 +264,18 @@ class Traffic(RuleBasedStateMachine):
     @invariant()
     def nobody_is_lost(self) -> None:
         known = {*self.scheduler.running, *self.scheduler.waiting}
+        ahead = {sequence for sequence in known if sequence.is_prefill}
+        waiting = {each.request.request_id for each in self.scheduler.waiting if not each.index}
+        assert {each.request.request_id for each in ahead} <= {*self.announced, *waiting}
+        known -= ahead
         assert known == {sequence for choices in self.alive.values() for sequence in choices}
         assert all(not lane.pages for s in self.scheduler.waiting for lane in s.lanes)
 
     def teardown(self) -> None:
         """Whatever happened, all that is left ends."""
+        for name in self.announced:
+            for sequence in self.scheduler.find(name, None):
+                self.scheduler.remove(sequence)
         budget = 200 + 2000 * len(self.alive)
         while self.alive or self.under_way:
             assert self.step(depth=1) or not self.scheduler.has_work
