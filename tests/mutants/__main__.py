@@ -31,6 +31,7 @@ from tests.mutants.engine import ENGINE_MUTANTS
 from tests.mutants.evaluation import EVALUATION_MUTANTS
 from tests.mutants.hot_loading import HOT_LOADING_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
+from tests.mutants.prefill import PREFILL_MUTANTS
 from tests.mutants.resampling import RESAMPLING_MUTANTS
 from tests.mutants.start import START_MUTANTS
 from tests.mutants.tenants import TENANT_MUTANTS
@@ -45,6 +46,7 @@ MUTANTS = [
     *MODEL_MUTANTS,
     *BANK_MUTANTS,
     *HOT_LOADING_MUTANTS,
+    *PREFILL_MUTANTS,
     *START_MUTANTS,
     *EVALUATION_MUTANTS,
     *BENCH_MUTANTS,

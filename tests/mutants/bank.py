@@ -36,7 +36,7 @@ BANK_MUTANTS = [
     *mutants(
         "ram_core/models/stacked.py",
         _MODULES,
-        ("if is_linear(module):\n            # A packed", "if False:\n            # A packed"),
+        ("        if is_linear(module):\n", "        if False:\n"),
         ("return len(shapes[0]) - axes[0] - 1", "return 1"),
         ("* module.num_embeddings", "* 0"),
         ("return stack[groups.spans[0][0]]", "return stack[0]"),

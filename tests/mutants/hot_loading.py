@@ -155,7 +155,7 @@ HOT_LOADING_MUTANTS = [
     *mutants(
         "ram_core/engine/engine.py",
         _PACED,
-        ('device == "cpu" and bool(self._scheduler.running)', "True"),
+        ('device == "cpu" and self._scheduler.is_busy', "True"),
     ),
     *mutants(
         "ram_core/engine/residents.py",

@@ -283,3 +283,20 @@ def advance(scheduler: Scheduler, live: dict[str, Sequence]) -> None:
         if row.draws and sequence.finish_reason_after(7) is not None:
             scheduler.remove(sequence)
             del live[sequence.request.request_id]
+
+
+def early(name: str, prompt: int) -> Sequence:
+    sequence = make_sequence(name, prompt)
+    sequence.is_prefill = True
+    return sequence
+
+
+def test_a_prompt_whose_request_is_to_come_gets_what_others_leave_and_a_chunk_at_most() -> None:
+    scheduler = make_scheduler(max_step_tokens=16, max_chunk_tokens=6)
+    scheduler.prefill(early("early", 20))
+    assert shape(step(scheduler)) == [("early", 0, 6, False)]
+    scheduler.add(make_sequence("a", 11))
+    assert shape(step(scheduler)) == [("early", 6, 5, False), ("a", 0, 11, True)]
+    assert shape(step(scheduler)) == [("a", 11, 1, True), ("early", 11, 6, False)]
+    assert shape(step(scheduler)) == [("a", 12, 1, True), ("early", 17, 3, True)]
+    assert shape(step(scheduler)) == [("a", 13, 1, True)]
