@@ -299,8 +299,6 @@ class Scheduler:
         sequence.num_cached, sequence.end_logits = prefill.num_cached, prefill.end_logits
         sequence.is_continued = True
         sequence.slot, prefill.slot = prefill.slot, -1
-        # Rows of it that are under way are not the sequence's.
-        prefill.stay += 1
         self.running[self.running.index(prefill)] = sequence
         return True
 

@@ -224,6 +224,32 @@ def test_it_gives_way_to_who_needs_its_pages(loaded: Engine) -> None:
     assert len(tokens(serve(tight, ask(40)))) == SAMPLED.max_tokens
 
 
+def test_without_room_for_its_aligner_a_request_waits_like_any_other(loaded: Engine) -> None:
+    expected = text(serve(anew(loaded), ask(17)))
+    engine = anew(loaded)
+    read_ahead(engine, ask(17))
+    book = engine._scheduler.books[engine.bank.pool_of["polite"]]
+    taken = book.take(book.num_free - 2)
+    engine.handle(ask(17))
+    assert engine.step() == []
+    assert (engine.stats.num_running, engine.stats.num_waiting) == (0, 1)
+    book.give_back(taken)
+    assert text(serve(engine)) == expected
+
+
+def test_a_choice_that_is_cancelled_leaves_the_others_what_was_read(
+    loaded: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = anew(loaded, prefix_cache=False)
+    counted = CountedTokens(monkeypatch, engine, "proposal")
+    request = ask(3, num_choices=2)
+    read_ahead(engine, request)
+    engine.handle(request)
+    engine.handle(Cancel("a", 1))
+    assert len(text(serve(engine))) == SAMPLED.max_tokens
+    assert counted.num_tokens == 3 + SAMPLED.max_tokens - 1
+
+
 def test_it_takes_one_core_of_the_load(loaded: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only where nobody else is computed for in the step."""
     before = torch.get_num_threads()

@@ -14,12 +14,11 @@ _TIED = "tests/exactness/test_tied_embedding.py"
 PREFILL_MUTANTS = [
     *mutants(
         "ram_core/engine/scheduler.py",
-        _TRAFFIC,
+        (_TRAFFIC, _PREFILL),
         (
             "own.num_computed, own.num_named = before.pages, before.num_computed, before.num_named",
             "own.num_computed, own.num_named = before.pages, 0, 0",
         ),
-        ("        prefill.stay += 1\n", ""),
         ("sequence.num_in_flight += draws and not sequence.is_prefill", "sequence.num_in_flight += draws"),
         (
             "        self._name_pages(sequence, row.end)\n        if row.keeps_end:\n            return\n",

@@ -115,6 +115,8 @@ class Traffic(RuleBasedStateMachine):
         per_pool = max(Counter(pool for _, pool in LANES[lanes]).values())
         assert pages_for(len(prompt) + limit, PAGE_SIZE) * per_pool <= 2 * NUM_PAGES
         if pages_for(len(prompt) + limit, PAGE_SIZE) * per_pool > NUM_PAGES:
+            for sequence in self.scheduler.find(name, None):
+                self.scheduler.remove(sequence)
             return multiple()
         self.scheduler.add(*sequences)
         self.alive[name] = sequences
@@ -126,13 +128,18 @@ class Traffic(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 1]),
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=20),
         num_choices=st.sampled_from([1, 1, 2]),
+        times=st.integers(0, 3),
     )
-    def announce(self, tenant: str, priority: int, prompt: list[int], num_choices: int) -> Request:
+    def announce(
+        self, tenant: str, priority: int, prompt: list[int], num_choices: int, times: int
+    ) -> Request:
         request = self.make_request(tenant, priority, prompt, num_choices)
         sequence = make_choices(request, LANES["p"], 1)[0]
         sequence.is_prefill = True
         self.scheduler.prefill(sequence)
         self.announced[request.request_id] = sequence
+        for _ in range(times):
+            self.step(depth=1)
         return request
 
     @rule(
@@ -141,12 +148,16 @@ class Traffic(RuleBasedStateMachine):
         lanes=st.sampled_from(sorted(LANES)),
         is_same=st.sampled_from([True, True, True, False]),
         limit=st.integers(1, 10),
+        times=st.integers(0, 2),
     )
-    def arrive(self, request: Request, lanes: str, is_same: bool, limit: int) -> str:
+    def arrive(self, request: Request, lanes: str, is_same: bool, limit: int, times: int) -> str:
         del self.announced[request.request_id]
         if not is_same:
             request = replace(request, prompt_ids=(*request.prompt_ids[:-1], 1 - request.prompt_ids[-1]))
-        return self.add(request, lanes, limit)
+        name = self.add(request, lanes, limit)
+        for _ in range(times):
+            self.step(depth=1)
+        return name
 
     @rule(request=consumes(coming))
     def take_back(self, request: Request) -> None:
@@ -287,7 +298,7 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(
-    max_examples=150,
+    max_examples=300,
     stateful_step_count=40,
     deadline=None,
     derandomize=True,
