@@ -31,6 +31,9 @@ from ram_core.resampling.threads import in_parallel
 PANEL = 16
 """Outputs side by side."""
 
+_LINE = 64
+"""Bytes; PyTorch begins no tensor on CPU elsewhere."""
+
 _plain = inner("contract")
 # Numbers of a weight between the one that is multiplied and the one that is asked for.
 _AHEAD = 64 * PANEL
@@ -56,6 +59,7 @@ def lay_out(
     `rows` are all of the weight's, or some at a time: a multiple of 16, but for the last.
     """
     panels = torch.empty(-(-num_out // PANEL), num_in, PANEL) if room is None else room
+    assert not panels.data_ptr() % _LINE, "a panel's 16 numbers are one line of memory"
     begin = 0
     for part in rows:
         end = begin + -(-len(part) // PANEL)
@@ -212,8 +216,11 @@ def _turn_tile(typing_context: Any, weight: Any, panels: Any, panel: Any, at: An
             pairs = [(lines[k], lines[k + half]) for k in range(half)]
             lines = [builder.shuffle_vector(*pair, lanes) for pair in pairs for lanes in halves]
         begin = builder.mul(builder.add(builder.mul(panel, num_in), at), number(PANEL))
+        # Straight to memory, half the time: nobody reads it soon, and no line is fetched to be overwritten.
+        past_caches = builder.module.add_metadata([ir.IntType(32)(1)])
         for k, line in enumerate(lines):
-            builder.store(line, place(target.data, builder.add(begin, number(k * PANEL))), align=4)
+            goal = place(target.data, builder.add(begin, number(k * PANEL)))
+            builder.store(line, goal, align=_LINE).set_metadata("nontemporal", past_caches)
         return context.get_dummy_value()
 
     return types.void(weight, panels, panel, at), generate
