@@ -153,13 +153,13 @@ class Scheduler:
         rows = [
             self._row(sequence, 1) for sequence in writing if sequence.slot >= 0 and self._make_room(sequence)
         ]
-        reading = [sequence for sequence in self.running if sequence.is_reading]
-        budget = self._shares.budget(len(rows), len(reading) + self._num_coming)
-        started = self._admit(reading, budget)
-        started += self._begin_prefills(reading)
+        asked = [sequence for sequence in self.running if sequence.is_reading and not sequence.is_prefill]
+        budget = self._shares.budget(len(rows), len(asked) + self._num_coming)
+        started = [*self._admit(asked, budget), *self._begin_prefills()]
+        ahead = [sequence for sequence in self._prefills.values() if sequence.is_reading]
         # Those put back for somebody of a better priority leave the step; their share goes to the prompts.
         rows = [row for row in rows if row.is_current]
-        reading = [sequence for sequence in reading if sequence.slot >= 0]
+        reading = [sequence for sequence in (*ahead, *asked) if sequence.slot >= 0]
         shares = self._shares.of(reading, [row.sequence for row in rows], self._num_coming)
         rows += [self._row(sequence, num) for sequence, num in zip(reading, shares, strict=True) if num]
         rows.sort(key=lambda row: row.num_tokens > 1)
@@ -221,7 +221,7 @@ class Scheduler:
             started.append(head)
         return started
 
-    def _begin_prefills(self, reading: list[Sequence]) -> list[Sequence]:
+    def _begin_prefills(self) -> list[Sequence]:
         """Start those that were asked for while nobody waits and there is room; forgets the others."""
         started: list[Sequence] = []
         for sequence in [each for each in self._prefills.values() if each.slot < 0]:
@@ -230,7 +230,6 @@ class Scheduler:
                 self.remove(sequence)
                 continue
             self._place(sequence, prefixes)
-            reading.append(sequence)
             started.append(sequence)
         return started
 

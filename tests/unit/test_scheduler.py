@@ -300,3 +300,11 @@ def test_a_prompt_whose_request_is_to_come_gets_what_others_leave_and_a_chunk_at
     assert shape(step(scheduler)) == [("a", 11, 1, True), ("early", 11, 6, False)]
     assert shape(step(scheduler)) == [("a", 12, 1, True), ("early", 17, 3, True)]
     assert shape(step(scheduler)) == [("a", 13, 1, True)]
+
+
+def test_nobody_waits_for_a_prompt_whose_request_is_to_come() -> None:
+    scheduler = make_scheduler(num_pages=60, max_step_tokens=16, max_chunk_tokens=6)
+    scheduler.prefill(early("early", 100))
+    step(scheduler)
+    scheduler.add(make_sequence("a", 5))
+    assert ("a", 0, 5, True) in shape(step(scheduler))
