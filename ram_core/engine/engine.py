@@ -352,14 +352,15 @@ class Engine:
             draw = next(pending) if row.draws else None
             if draw is None or not row.is_current:
                 continue
-            if row.keeps_end and draw.is_bad:
+            if not draw.is_bad:
+                self._scheduler.commit(row, draw.token_id)
+                if not row.keeps_end:
+                    events.append(self._conclude(row.sequence, draw))
+            elif row.keeps_end:
                 # Whoever asks will be told when it reads for itself.
                 self._scheduler.remove(row.sequence)
-            elif draw.is_bad:
-                events.append(self._fail(row.sequence))
             else:
-                self._scheduler.commit(row, draw.token_id)
-                events += [] if row.keeps_end else [self._conclude(row.sequence, draw)]
+                events.append(self._fail(row.sequence))
         return events
 
     def _fail(self, sequence: Sequence) -> FailedEvent:

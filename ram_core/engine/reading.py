@@ -69,10 +69,9 @@ class ReadingShares:
             shares[guest] = guest.num_pending
             asked.remove(guest)
             left = max(left - guest.num_pending, 0)
-        for group in (asked, ahead):
-            own = _share_out(group, left if group is asked else min(left, self._max_chunk_tokens))
-            shares |= zip(group, own, strict=True)
-            left -= sum(own)
+        own = _share_out(asked, left)
+        spare = min(left - sum(own), self._max_chunk_tokens)
+        shares |= zip((*asked, *ahead), (*own, *_share_out(ahead, spare)), strict=True)
         return [shares[sequence] for sequence in reading]
 
     def _guest(self, reading: Rows[Sequence], writing: Rows[Sequence]) -> Sequence | None:

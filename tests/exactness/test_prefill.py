@@ -28,7 +28,7 @@ from ram_core.errors import AlignerUnavailable, NonFiniteLogits
 from ram_core.params import AlignmentParams, SamplingParams
 from tests.exactness.test_broken_numbers import BROKEN, spoilt
 from tests.exactness.test_engine import ALIGNED, IDENTITY, TERSE, TWICE, anew
-from tests.exactness.test_prefix_cache import CountedTokens
+from tests.exactness.test_prefix_cache import CountedTokens, drain
 
 SAMPLED = SamplingParams(seed=7, max_tokens=9, ignore_eos=True, num_top_log_probs=3)
 LENGTHS = (1, 3, 4, 5, 8, 17, 40)
@@ -56,16 +56,6 @@ def ahead(request: Request) -> Prefill:
     return Prefill(msgspec.structs.replace(request, alignment=IDENTITY))
 
 
-def serve(engine: Engine, *requests: Request) -> list[Event]:
-    """All that is told of requests until the engine has nothing to do."""
-    for request in requests:
-        engine.handle(request)
-    told: list[Event] = []
-    while engine.has_work:
-        told += engine.step()
-    return told
-
-
 def tokens(told: Sequence[Event], name: str = "a") -> list[TokenEvent]:
     return [event for event in told if isinstance(event, TokenEvent) and event.request_id == name]
 
@@ -78,7 +68,7 @@ def text(told: Sequence[Event], name: str = "a") -> list[int]:
 def read_ahead(engine: Engine, request: Request) -> None:
     engine.handle(ahead(request))
     assert engine.has_work
-    assert serve(engine) == []
+    assert drain(engine) == []
     assert engine.stats.num_running == 1
 
 
@@ -92,29 +82,29 @@ def test_the_answer_is_the_same(loaded: Engine, way: str, alignment: AlignmentPa
         for each in (plain, engine):
             if WAYS[way].get("cuda_graphs"):
                 each.capture()
-        expected = tokens(serve(plain, ask(length, alignment)))
+        expected = tokens(drain(plain, ask(length, alignment)))
         assert len(expected) == SAMPLED.max_tokens
         read_ahead(engine, ask(length, alignment))
-        assert tokens(serve(engine, ask(length, alignment))) == expected
+        assert tokens(drain(engine, ask(length, alignment))) == expected
         assert engine.stats.num_pages_used == engine.stats.num_running == 0
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("num_steps", range(5))
 def test_the_request_may_come_while_its_prompt_is_read(loaded: Engine, way: str, num_steps: int) -> None:
-    expected = tokens(serve(anew(loaded, **WAYS[way]), ask(40)))
+    expected = tokens(drain(anew(loaded, **WAYS[way]), ask(40)))
     engine = anew(loaded, **WAYS[way])
     engine.handle(ahead(ask(40)))
     for _ in range(num_steps):
         assert engine.step() == []
-    assert tokens(serve(engine, ask(40))) == expected
+    assert tokens(drain(engine, ask(40))) == expected
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_beside_others_each_answer_is_the_same(loaded: Engine, way: str) -> None:
     asked = [ask(length, kind, str(length)) for length, kind in ((5, ALIGNED), (40, TWICE), (17, TERSE))]
     others = [ask(length, kind, f"other {length}") for length, kind in ((6, IDENTITY), (30, TERSE))]
-    expected = serve(anew(loaded, **WAYS[way]), *asked, *others)
+    expected = drain(anew(loaded, **WAYS[way]), *asked, *others)
     engine = anew(loaded, **WAYS[way])
     told = []
     for early, other in zip(asked, [*others, None], strict=True):
@@ -122,17 +112,17 @@ def test_beside_others_each_answer_is_the_same(loaded: Engine, way: str) -> None
         if other is not None:
             engine.handle(other)
         told += engine.step()
-    told += serve(engine, *asked)
+    told += drain(engine, *asked)
     for request in (*asked, *others):
         assert text(told, request.request_id) == text(expected, request.request_id)
 
 
 def test_all_choices_share_what_was_read(loaded: Engine) -> None:
     request = ask(17, num_choices=3)
-    expected = tokens(serve(anew(loaded), request))
+    expected = tokens(drain(anew(loaded), request))
     engine = anew(loaded)
     read_ahead(engine, request)
-    told = tokens(serve(engine, request))
+    told = tokens(drain(engine, request))
     assert sorted(told, key=lambda event: event.index) == sorted(expected, key=lambda event: event.index)
 
 
@@ -143,7 +133,7 @@ def test_the_proposal_reads_nothing_twice(loaded: Engine, monkeypatch: pytest.Mo
             counted = CountedTokens(patch, engine, "proposal")
             read_ahead(engine, ask(length))
             assert counted.num_tokens == length
-            started, *_ = serve(engine, ask(length))
+            started, *_ = drain(engine, ask(length))
             # What it draws last, nobody reads.
             assert counted.num_tokens == length + SAMPLED.max_tokens - 1
         # For whom it was read, it was not found in any cache.
@@ -153,9 +143,9 @@ def test_the_proposal_reads_nothing_twice(loaded: Engine, monkeypatch: pytest.Mo
 
 def test_what_was_found_in_the_cache_is_told(loaded: Engine) -> None:
     engine = anew(loaded)
-    serve(engine, ask(17, name="before"))
+    drain(engine, ask(17, name="before"))
     read_ahead(engine, ask(17))
-    started, *_ = serve(engine, ask(17))
+    started, *_ = drain(engine, ask(17))
     assert isinstance(started, StartedEvent)
     assert started.num_cached_tokens == 16
     assert engine.stats.num_prompt_tokens == 2 * 17
@@ -172,10 +162,10 @@ def test_what_was_found_in_the_cache_is_told(loaded: Engine) -> None:
     ids=["identity", "prompt", "salt", "tenant"],
 )
 def test_a_request_that_is_another_than_was_announced_reads_by_itself(loaded: Engine, other: Request) -> None:
-    expected = text(serve(anew(loaded), other))
+    expected = text(drain(anew(loaded), other))
     engine = anew(loaded)
     read_ahead(engine, ask(17))
-    assert text(serve(engine, other)) == expected
+    assert text(drain(engine, other)) == expected
     assert engine.stats.num_pages_used == 0
 
 
@@ -189,7 +179,7 @@ def test_one_that_is_taken_back_leaves_nothing(loaded: Engine, num_steps: int) -
         for _ in range(num_steps):
             engine.step()
         engine.handle(Cancel("a"))
-        assert serve(engine) == []
+        assert drain(engine) == []
         assert engine.stats.num_running == engine.stats.num_pages_used == 0
 
 
@@ -197,10 +187,10 @@ def test_it_gives_way_to_everybody(loaded: Engine) -> None:
     """To whoever has no slot; and it does not begin while anybody waits."""
     engine = anew(loaded, max_batch=2)
     asked = [ask(5, name="a"), ask(6, name="b")]
-    expected = {name: text(serve(anew(loaded), *asked), name) for name in "ab"}
-    serve(engine, *[ahead(ask(length, name=f"early {length}")) for length in (5, 6)])
+    expected = {name: text(drain(anew(loaded), *asked), name) for name in "ab"}
+    drain(engine, *[ahead(ask(length, name=f"early {length}")) for length in (5, 6)])
     assert engine.stats.num_running == 2
-    told = serve(engine, *asked)
+    told = drain(engine, *asked)
     assert expected == {name: text(told, name) for name in "ab"}
     assert engine.stats.num_running == engine.stats.num_preemptions == 0
     for name in "xyz":
@@ -218,14 +208,14 @@ def test_it_gives_way_to_who_needs_its_pages(loaded: Engine) -> None:
     read_ahead(tight, ask(40))
     # 9 more pages are needed by the time it ends: 3 that are free, and some of those that were read ahead.
     other = Request("b", prompt_of(8), replace(SAMPLED, max_tokens=25), IDENTITY)
-    assert len(tokens(serve(tight, other), "b")) == 25
+    assert len(tokens(drain(tight, other), "b")) == 25
     assert tight.stats.num_running == 0
     assert tight.stats.num_pages_used == len(spare)
-    assert len(tokens(serve(tight, ask(40)))) == SAMPLED.max_tokens
+    assert len(tokens(drain(tight, ask(40)))) == SAMPLED.max_tokens
 
 
 def test_without_room_for_its_aligner_a_request_waits_like_any_other(loaded: Engine) -> None:
-    expected = text(serve(anew(loaded), ask(17)))
+    expected = text(drain(anew(loaded), ask(17)))
     engine = anew(loaded)
     read_ahead(engine, ask(17))
     book = engine._scheduler.books[engine.bank.pool_of["polite"]]
@@ -234,7 +224,7 @@ def test_without_room_for_its_aligner_a_request_waits_like_any_other(loaded: Eng
     assert engine.step() == []
     assert (engine.stats.num_running, engine.stats.num_waiting) == (0, 1)
     book.give_back(taken)
-    assert text(serve(engine)) == expected
+    assert text(drain(engine)) == expected
 
 
 def test_a_choice_that_is_cancelled_leaves_the_others_what_was_read(
@@ -246,7 +236,7 @@ def test_a_choice_that_is_cancelled_leaves_the_others_what_was_read(
     read_ahead(engine, request)
     engine.handle(request)
     engine.handle(Cancel("a", 1))
-    assert len(text(serve(engine))) == SAMPLED.max_tokens
+    assert len(text(drain(engine))) == SAMPLED.max_tokens
     assert counted.num_tokens == 3 + SAMPLED.max_tokens - 1
 
 
@@ -265,7 +255,7 @@ def test_it_takes_one_core_of_the_load(loaded: Engine, monkeypatch: pytest.Monke
     engine = anew(loaded)
     try:
         read_ahead(engine, ask(5))
-        serve(engine, ask(5))
+        drain(engine, ask(5))
         assert seen == [1] + [2] * SAMPLED.max_tokens
         assert torch.get_num_threads() == 2
         with pytest.raises(KeyError), device.one_thread():
@@ -283,7 +273,7 @@ def test_numbers_that_break_are_the_requests_to_hear_of(loaded: Engine) -> None:
             engine.handle(ahead(request))
             for _ in range(steps):
                 assert engine.step() == []
-            *_, failed = serve(engine, request)
+            *_, failed = drain(engine, request)
         assert isinstance(failed, FailedEvent)
         assert isinstance(failed.error, NonFiniteLogits)
         assert engine.stats.num_running == engine.stats.num_pages_used == 0
@@ -293,7 +283,7 @@ def test_numbers_that_break_are_the_requests_to_hear_of(loaded: Engine) -> None:
 def test_without_memory_it_is_given_up(
     loaded: Engine, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = tokens(serve(anew(loaded), ask(num_tokens)))
+    expected = tokens(drain(anew(loaded), ask(num_tokens)))
     engine = anew(loaded)
     launch = Runner.launch
 
@@ -305,16 +295,16 @@ def test_without_memory_it_is_given_up(
     with monkeypatch.context() as patch:
         patch.setattr(Runner, "launch", starved)
         engine.handle(ahead(ask(num_tokens)))
-        assert serve(engine) == []
+        assert drain(engine) == []
     assert engine.stats.num_running == engine.stats.num_pages_used == 0
-    assert tokens(serve(engine, ask(num_tokens))) == expected
+    assert tokens(drain(engine, ask(num_tokens))) == expected
 
 
 def test_an_aligner_that_went_meanwhile_leaves_nothing(config: Any) -> None:
     engine = Engine.load(config)
     read_ahead(engine, ask(17))
     engine.handle(FreeAligner("polite"))
-    [failed] = serve(engine, ask(17))
+    [failed] = drain(engine, ask(17))
     assert isinstance(failed, FailedEvent)
     assert isinstance(failed.error, AlignerUnavailable)
     assert engine.stats.num_running == engine.stats.num_pages_used == 0

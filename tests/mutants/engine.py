@@ -299,7 +299,7 @@ ENGINE_MUTANTS = [
     *mutants(
         "ram_core/engine/engine.py",
         _BAD,
-        ("            elif draw.is_bad:", "            elif False:"),
+        ("            if not draw.is_bad:", "            if True:"),
     ),
     *mutants(
         "ram_core/engine/engine.py",

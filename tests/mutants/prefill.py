@@ -71,8 +71,8 @@ PREFILL_MUTANTS = [
     *mutants(
         "ram_core/engine/reading.py",
         _SCHEDULER,
-        ("for group in (asked, ahead):", "for group in (ahead, asked):"),
-        ("left if group is asked else min(left, self._max_chunk_tokens)", "left"),
+        ("spare = min(left - sum(own), ", "spare = min(left, "),
+        ("min(left - sum(own), self._max_chunk_tokens)", "left - sum(own)"),
     ),
     *mutants(
         "ram_core/engine/rows.py",
@@ -90,11 +90,8 @@ PREFILL_MUTANTS = [
     *mutants(
         "ram_core/engine/engine.py",
         _PREFILL,
-        (
-            "                self._scheduler.remove(row.sequence)\n            elif",
-            "                pass\n            elif",
-        ),
-        ("            if row.keeps_end and draw.is_bad:", "            if False:"),
+        ("                self._scheduler.remove(row.sequence)\n", "                pass\n"),
+        ("            elif row.keeps_end:", "            elif False:"),
         ("return [] if sequence.is_prefill else [sequence]", "return [sequence]"),
         ("return one_thread() if is_ahead else nullcontext()", "return nullcontext()"),
         ("on_cpu and all(row.sequence.is_prefill", "on_cpu and any(True or row.sequence.is_prefill"),
