@@ -273,6 +273,7 @@ def test_numbers_that_break_are_the_requests_to_hear_of(loaded: Engine) -> None:
             engine.handle(ahead(request))
             for _ in range(steps):
                 assert engine.step() == []
+            assert engine.stats.num_running == (steps == 1), "a place is given up once it is known"
             *_, failed = drain(engine, request)
         assert isinstance(failed, FailedEvent)
         assert isinstance(failed.error, NonFiniteLogits)
