@@ -135,6 +135,12 @@ class Demands:
         demand = self._pending.get(("move", name))
         return demand.what if demand is not None and isinstance(demand.what, Moving) else None
 
+    def resolution_of(self, request_id: str) -> Resolution:
+        """What a request will get that waits."""
+        demand = self._pending["request", request_id]
+        assert isinstance(demand.what, Asking)
+        return demand.what.resolution
+
     def drop_request(self, request_id: str) -> bool:
         """A request does not wait any more; whether it did."""
         return self._pending.pop(("request", request_id), None) is not None

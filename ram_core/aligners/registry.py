@@ -185,6 +185,10 @@ class AlignerRegistry:
         self._demands.add(Demand(Asking(request_id, resolution), keys, self._clock() + max_wait_s))
         return self._demands.settle()
 
+    def awaited_by(self, request_id: str) -> Resolution:
+        """What a request will get that waits."""
+        return self._demands.resolution_of(request_id)
+
     def release(self, request_id: str) -> list[Action]:
         """A request has ended, or does not want to wait any longer."""
         is_news = self._demands.drop_request(request_id)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class AlignerGroup:
         self.served = served
         self.kind = kind
         self._places = {each: Place(slot, next(_numbers)) for slot, each in enumerate(names)}
+        self._expected: dict[str, Place] = {}
         self._lock = threading.Lock()
         self._free = set(range(len(self._places), served.num_slots if isinstance(served, Stack) else 1))
 
@@ -93,7 +94,7 @@ class AlignerGroup:
         The slot is -1 where none has to be told. No two aligners have pages of one name, not even two that
         had the same name one after the other.
         """
-        place = self._places[name]
+        place = self._places.get(name) or self._expected[name]
         return f"{name}:{place.number}", place.slot if self.is_stacked else -1
 
     def forward(
@@ -117,11 +118,14 @@ class AlignerGroup:
         num_free = self.served.num_slots - len(self.names)
         return found | ({f"the free slots of {self.name}": num_free * own} if num_free else {})
 
-    def stage(self, weights: Mapping[str, Any]) -> int | None:
+    def stage(
+        self, weights: Mapping[str, Any], on_begin: Callable[[int], None] = lambda slot: None
+    ) -> int | None:
         """Begin to fill a free slot; running steps do not notice. None if no slot is free.
 
         Args:
             weights: as `StackedModel.stage` or `LoraStack.stage` takes them; pinned memory is copied fastest.
+            on_begin: told the slot before it is filled.
 
         Raises:
             CheckpointError: they do not fit the group; the slot stays free.
@@ -134,6 +138,7 @@ class AlignerGroup:
             slot = min(self._free)
             self._free.discard(slot)
         try:
+            on_begin(slot)
             self.served.stage(slot, weights)
         except BaseException:
             self.abandon(slot)
@@ -148,6 +153,14 @@ class AlignerGroup:
         """Return when all that was staged has arrived; not for the thread that makes the steps."""
         self._stack.wait_settled(slot)
 
+    def expect(self, name: str, slot: int) -> None:
+        """Let sequences begin with an aligner that is still being staged; `add` or `renounce` follows."""
+        self._expected[name] = Place(slot, next(_numbers))
+
+    def renounce(self, name: str) -> None:
+        """Let nobody begin any more with an aligner that was expected."""
+        self._expected.pop(name, None)
+
     def add(self, name: str, slot: int) -> None:
         """Let new sequences ask for an aligner, whose weights are in a staged slot.
 
@@ -159,7 +172,8 @@ class AlignerGroup:
         if name in self._places:
             raise ValueError(f"`{self.name}` has an aligner `{name}` already")
         self._stack.settle(slot)
-        self._places[name] = Place(slot, next(_numbers))
+        expected = self._expected.pop(name) if name in self._expected else None
+        self._places[name] = expected or Place(slot, next(_numbers))
 
     def remove(self, name: str) -> int:
         """Let nobody ask for an aligner any more; returns its slot, which stays as it is until freed."""

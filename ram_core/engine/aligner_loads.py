@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ram_core.engine.load_share import Listener
 from ram_core.engine.messages import AlignerFailed, AlignerProgress, LoadAligner
 from ram_core.engine.newcomers import Newcomer
 from ram_core.errors import RamError
@@ -23,7 +24,15 @@ _SWITCH_S = 0.0002
 """A step asks for the interpreter at every operation, and waits so long each time if a load has it: with
 Python's 5 ms, one step took 580 ms beside transformers' loading of a model, with 0.5 ms 135, nice 93."""
 
-Work = Callable[[LoadAligner, Callable[[float], None]], Sequence[Newcomer]]
+Work = Callable[[LoadAligner, Listener], Sequence[Newcomer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """The one model of an aligner is nearly in memory."""
+
+    order: LoadAligner
+    newcomer: Newcomer
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +43,7 @@ class Arrived:
     newcomers: tuple[Newcomer, ...]
 
 
-Outcome = AlignerProgress | AlignerFailed | Arrived
+Outcome = AlignerProgress | Expected | AlignerFailed | Arrived
 
 
 class AlignerLoads:
@@ -66,7 +75,7 @@ class AlignerLoads:
         while self._outcomes:
             outcome = self._outcomes.popleft()
             taken.append(outcome)
-            if not isinstance(outcome, AlignerProgress):
+            if not isinstance(outcome, AlignerProgress | Expected):
                 self._current = None
         self._begin_next()
         return taken
@@ -83,8 +92,7 @@ class AlignerLoads:
         try:
             thread.start()
         except RuntimeError as error:  # No memory, or too many of them: the steps go on.
-            self._outcomes.append(AlignerFailed(self._current.aligner, one_line(error)))
-            self._wake()
+            self._tell(AlignerFailed(self._current.aligner, one_line(error)))
             return
         has_begun.wait()
         # What the thread said for itself holds for others that begin later, too.
@@ -107,13 +115,27 @@ class AlignerLoads:
 
     def _outcome(self, order: LoadAligner) -> Outcome:
         try:
-            return Arrived(order, tuple(self._work(order, lambda fraction: self._progress(order, fraction))))
+            return Arrived(order, tuple(self._work(order, _Teller(order, self._tell))))
         except RamError as error:
             return AlignerFailed(order.aligner, str(error))
         except Exception as error:
             logger.exception("loading %s failed", order.aligner)
             return AlignerFailed(order.aligner, one_line(error))
 
-    def _progress(self, order: LoadAligner, fraction: float) -> None:
-        self._outcomes.append(AlignerProgress(order.aligner, fraction))
+    def _tell(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
         self._wake()
+
+
+@dataclass(frozen=True, slots=True)
+class _Teller:
+    """Passes on what is told of a load."""
+
+    order: LoadAligner
+    tell: Callable[[Outcome], None]
+
+    def progress(self, fraction: float) -> None:
+        self.tell(AlignerProgress(self.order.aligner, fraction))
+
+    def expect(self, newcomer: Newcomer) -> None:
+        self.tell(Expected(self.order, newcomer))

@@ -97,12 +97,7 @@ class ModelBank:
                 new_pools[f"aligners-{len(self.pools) - 1}"] = self.pools[
                     f"aligners-{len(self.pools) - 1}"
                 ] = each.pool
-            geometry = each.group.model.geometry
-            self.pool_of[each.name] = next(
-                name
-                for name, pool in self.pools.items()
-                if name != self.proposal_pool and pool.geometry == geometry
-            )
+            self.pool_of[each.name] = self.pool_for(each.group)
             self.group_by_name[each.group.name] = each.group
             self.group_of[each.name] = each.group
             if each.name not in each.group.names:
@@ -110,6 +105,14 @@ class ModelBank:
         self.residents[aligner] = tuple(each.name for each in models)
         self.bytes_of[aligner] = sum(each.num_bytes for each in models)
         return new_pools
+
+    def pool_for(self, group: AlignerGroup) -> str:
+        """The name of the pool that a group's aligners write to."""
+        return next(
+            name
+            for name, pool in self.pools.items()
+            if name != self.proposal_pool and pool.geometry == group.model.geometry
+        )
 
     def remove(self, aligner: str) -> tuple[tuple[AlignerGroup, int], ...]:
         """Let nobody ask for an aligner any more; returns where its weights still are."""

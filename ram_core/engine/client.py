@@ -92,10 +92,10 @@ class EngineClient(Protocol):
         """
 
     def prefill(self, request: Request) -> None:
-        """Have the proposal read the prompt of a request that waits for its aligners, if there is room.
+        """Have the prompt of a request read that waits for its aligners, if there is room.
 
-        Once they are there, submit it under the same `request_id` with its alignment, of which `request` says
-        nothing. Never blocks nor raises: what cannot be served is refused when it is submitted.
+        The proposal reads it now, an aligner as its weights come. Once all are there, submit the request.
+        Never blocks nor raises: what cannot be served is refused when it is submitted.
         """
 
     def forget(self, request_id: str) -> None:

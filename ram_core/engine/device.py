@@ -62,17 +62,3 @@ def send_home(table: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
     arrived.record()
     return home, arrived
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """What this thread computes on CPU takes one core, and leaves the others to whoever needs them.
-
-    Threads that compute something together wait for each other in a busy loop.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

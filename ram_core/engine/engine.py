@@ -16,7 +16,6 @@ from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.aligner_loads import AlignerLoads
 from ram_core.engine.bank import PROPOSAL, ModelBank
 from ram_core.engine.config import EngineConfig
-from ram_core.engine.device import one_thread
 from ram_core.engine.graphs import CudaRecorder, EagerRecorder, Recorder, graph_shapes
 from ram_core.engine.layout import Shapes, buckets
 from ram_core.engine.limits import EngineLimits
@@ -49,6 +48,8 @@ from ram_core.engine.turnover import Turnover
 from ram_core.errors import AlignerUnavailable, EngineOutOfMemory, NonFiniteLogits
 from ram_core.models.backends import can_be_recorded
 from ram_core.models.compilation import compile_layers
+from ram_core.models.cores import one_thread
+from ram_core.models.filling import WeightsMissing
 from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
 from ram_core.resampling import warm_up
 
@@ -228,6 +229,8 @@ class Engine:
         plain = replace(request, sampling=SamplingParams(), alignment=AlignmentParams())
         sequence = self._make_sequence(plain, 0, self._prefix_root(request))
         sequence.is_prefill = True
+        sequence.awaits = () if request.alignment.is_identity else request.alignment.terms
+        sequence.lanes += self._turnover.expected_lanes(sequence)
         return sequence
 
     def tend(self) -> list[AlignerOutcome]:
@@ -248,25 +251,28 @@ class Engine:
                 self._scheduler.shrink()
             events += [self._tell_starved(sequence) for sequence in starved]
             self._in_flight.append(launched)
-            self._scheduler.begin_step()
+            self._scheduler.kv.begin_step()
         while len(self._in_flight) > (self._max_in_flight if plan.rows else 0):
             for part in self._in_flight.popleft():
                 events += self._commit(part.rows, part.collect())
             # All that it read and wrote is done, on every stream: its results came after.
-            self._scheduler.end_step()
+            self._scheduler.kv.end_step()
         self._counts["num_steps"] += 1
         return events
 
     def _cores_for(self, rows: Rows[ScheduledRow]) -> AbstractContextManager[None]:
-        """All, but for a step that only reads ahead: the load that it waits for has the others."""
-        on_cpu = self.bank.proposal.device.type == "cpu"
-        is_ahead = on_cpu and all(row.sequence.is_prefill for row in rows)
-        return one_thread() if is_ahead else nullcontext()
+        """All, but for a step that only reads ahead beside a load, which has the others."""
+        is_beside = self.bank.proposal.device.type == "cpu" and self._turnover.is_loading
+        return one_thread() if is_beside and all(row.sequence.is_prefill for row in rows) else nullcontext()
 
     def _launch(self, rows: Rows[ScheduledRow]) -> tuple[list[LaunchedStep], list[Sequence]]:
         """Launch rows, in parts if there is no memory for all at once; also whom nothing is left for."""
         try:
             return [self._runner.launch(rows)], []
+        except WeightsMissing:
+            for row in rows:
+                self._scheduler.take_back(row)
+            return [LaunchedStep(())], []
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -180,7 +180,7 @@ class StepPacker:
             num_pages = shapes.num_pages(pages_for(max(row.end for row in rows), self.page_size))
         place = {id(row): index for index, row in enumerate(drawing)}
         uses = []
-        lanes = _lanes_by_use(rows)
+        lanes = lanes_by_use(rows)
         for busy in lanes.values():
             num_rows = 0
             if shapes is not None:
@@ -215,7 +215,7 @@ class StepPacker:
         return PackedStep(layout, np.concatenate([*[numbers for _, numbers in uses], ends]), len(drawing))
 
 
-def _lanes_by_use(rows: Rows[ScheduledRow]) -> dict[tuple[str, int], list[tuple[ScheduledRow, int]]]:
+def lanes_by_use(rows: Rows[ScheduledRow]) -> dict[tuple[str, int], list[tuple[ScheduledRow, int]]]:
     """The lanes that have anything to read by what serves them; the proposal's come first, as in a row.
 
     A row that has several lanes in a group takes part in as many forwards of it, as a term knows a row once.
@@ -224,7 +224,7 @@ def _lanes_by_use(rows: Rows[ScheduledRow]) -> dict[tuple[str, int], list[tuple[
     found: dict[tuple[str, int], list[tuple[ScheduledRow, int]]] = {}
     for row in rows:
         turns: dict[str, int] = {}
-        for lane, kept in enumerate(row.sequence.lanes):
+        for lane, kept in enumerate(row.lanes):
             if row.lane_starts[lane] < row.end:
                 name = kept.group or kept.model
                 found.setdefault((name, turns.setdefault(name, 0)), []).append((row, lane))
@@ -236,7 +236,7 @@ def _lanes_by_use(rows: Rows[ScheduledRow]) -> dict[tuple[str, int], list[tuple[
 
 def _place_in_group(use: tuple[ScheduledRow, int]) -> tuple[bool, int]:
     row, lane = use
-    kept = row.sequence.lanes[lane]
+    kept = row.lanes[lane]
     # Elsewhere the order stays as it is.
     is_long = kept.group_slot >= 0 and row.end - row.lane_starts[lane] > 1
     return is_long, kept.group_slot
@@ -262,7 +262,7 @@ class _UseMaker:
         owners: list[int] = []
         num_tokens = 0
         for row, lane in busy:
-            start, known, kept = row.lane_starts[lane], row.sequence.token_ids, row.sequence.lanes[lane]
+            start, known, kept = row.lane_starts[lane], row.sequence.token_ids, row.lanes[lane]
             token_ids = known[start : row.end]
             num_tokens += row.end - start
             if len(known) < row.end:
@@ -276,7 +276,7 @@ class _UseMaker:
             if row.draws and lane:
                 terms.append((place[id(row)], kept.strength))
         row, lane = busy[0]
-        kept = row.sequence.lanes[lane]
+        kept = row.lanes[lane]
         served = Served(kept.group or kept.model, kept.pool, kept.group_slot >= 0)
         return self.finish(served, packed, fed, group_slots, owners, terms if lane else None, num_drawing)
 

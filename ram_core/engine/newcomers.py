@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.config import EngineConfig
 from ram_core.engine.device import beside_steps
 from ram_core.engine.load_groups import load_stacked, stack_loras
+from ram_core.engine.load_share import Listener, Share
 from ram_core.engine.messages import LoadAligner
 from ram_core.engine.pace import Pace
 from ram_core.engine.plan import size_text
@@ -49,7 +51,6 @@ from ram_core.models.vocabulary import (
     shared_vocabulary_size,
 )
 
-_PROGRESS_STEP = 0.05
 _CPU_LORA_SLOTS = 16
 
 _numbers = itertools.count()
@@ -170,7 +171,7 @@ class Newcomers:
         if isinstance(group.served, StackedModel) and group.served.is_worth_keeping:
             self._spare = group
 
-    def load(self, order: LoadAligner, progress: Callable[[float], None]) -> list[Newcomer]:
+    def load(self, order: LoadAligner, listener: Listener) -> list[Newcomer]:
         """All parts of an aligner; any thread may call it, but one at a time.
 
         Raises:
@@ -182,7 +183,7 @@ class Newcomers:
         try:
             with beside_steps(self._terms.device):
                 for index, (name, source) in enumerate(order.parts):
-                    share = _Share(progress, pace, index, len(order.parts))
+                    share = Share(listener, pace, index, len(order.parts))
                     found.append(self._load_one(name, source, left, found, share))
                     left -= found[-1].num_bytes
         except BaseException as error:
@@ -193,7 +194,7 @@ class Newcomers:
         return found
 
     def _load_one(
-        self, name: str, source: str, max_bytes: int, others: list[Newcomer], share: _Share
+        self, name: str, source: str, max_bytes: int, others: list[Newcomer], share: Share
     ) -> Newcomer:
         adapter = read_lora_config(source) if is_adapter(source) else None
         base = source if adapter is None else adapter.base
@@ -213,7 +214,7 @@ class Newcomers:
             yield spare
 
     def _model_in_slot(
-        self, name: str, source: str, config: PretrainedConfig, max_bytes: int, share: _Share
+        self, name: str, source: str, config: PretrainedConfig, max_bytes: int, share: Share
     ) -> Newcomer | None:
         """A model beside others of its architecture, if there is a free slot: read straight into it."""
         kind = architecture(config)
@@ -228,11 +229,19 @@ class Newcomers:
                 weights: Mapping[str, Weight] | None = served.weights_in(stored)
                 if weights is None:
                     weights = plain_weights(self._terms.load(name, source).model)
-                slot = group.stage(weights)
+                slot = group.stage(weights, partial(self._expect, name, group, share))
             if slot is not None:
                 group.wait_settled(slot)
                 return Newcomer(name, group, slot, served.slot_bytes)
         return None
+
+    def _expect(self, name: str, group: AlignerGroup, share: Share, slot: int) -> None:
+        """Have those who wait for an aligner be told when its weights are nearly there."""
+        # Of several models, one that fails takes those along that have come before.
+        if share.num_parts == 1 and self._terms.device.type == "cpu":
+            assert isinstance(group.served, StackedModel)
+            newcomer = Newcomer(name, group, slot, group.served.slot_bytes)
+            share.on_soon = partial(share.listener.expect, newcomer)
 
     def _own_group(
         self,
@@ -241,7 +250,7 @@ class Newcomers:
         config: PretrainedConfig,
         max_bytes: int,
         others: list[Newcomer],
-        share: _Share,
+        share: Share,
     ) -> Newcomer:
         """A model that shares no module, but with those that come later if slots were asked for."""
         own, kind = self._terms.config, architecture(config)
@@ -266,7 +275,7 @@ class Newcomers:
         config: PretrainedConfig,
         outline: Outline,
         num_slots: int,
-        share: _Share,
+        share: Share,
     ) -> StackedModel | None:
         """A shared module whose first weights are read straight from the files, and no model built of them.
 
@@ -357,27 +366,6 @@ class Newcomers:
             return newcomer
         pool = KvPool(geometry, proposal.num_pages, proposal.page_size, self._terms.device)
         return replace(newcomer, pool=pool)
-
-
-class _Share:
-    """How much of a load is done when so much of one of its parts was read."""
-
-    def __init__(self, progress: Callable[[float], None], pace: Pace, index: int, num_parts: int) -> None:
-        self.total = 0
-        self.pace = pace
-        self._progress = progress
-        self._index, self._num_parts = index, num_parts
-        self._num_read = 0
-        self._told = 0.0
-
-    def read(self, num_bytes: int) -> None:
-        """Rest after it, and tell of it, in steps of some size."""
-        self.pace.rest()
-        self._num_read += num_bytes
-        done = min(self._num_read / self.total, 1.0) if self.total else 0.0
-        if done - self._told >= _PROGRESS_STEP:
-            self._told = done
-            self._progress((self._index + done) / self._num_parts)
 
 
 def turn_away(newcomers: Iterable[Newcomer]) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ram_core.engine.sequence import Sequence
+from ram_core.engine.sequence import Lane, Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRow:
-    """Brings all lanes of a sequence to `end`; the last of its tokens draws a token if `draws`.
+    """Brings all `lanes` of a sequence to `end`; the last of its tokens draws a token if `draws`.
 
     Lane i reads from `lane_starts[i]`, which is `end` if it has nothing to do; `start` is the least of them.
     """
 
     sequence: Sequence
     stay: int
+    lanes: tuple[Lane, ...]
     lane_starts: tuple[int, ...]
     end: int
     draws: bool
@@ -31,13 +32,13 @@ class ScheduledRow:
 
     @property
     def keeps_end(self) -> bool:
-        """Whether what the proposal says at the end is kept, and what the row draws is void."""
+        """Whether what its models say at the end is kept, and what the row draws is void."""
         return self.draws and self.sequence.is_prefill
 
     @property
     def knows_end(self) -> bool:
-        """Whether what the proposal says at the end was kept before: it reads nothing."""
-        return self.draws and self.lane_starts[0] == self.end
+        """Whether what some of its models say at the end was kept before: they read nothing."""
+        return self.draws and max(self.lane_starts) == self.end
 
     @property
     def is_plain(self) -> bool:

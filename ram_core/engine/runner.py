@@ -146,7 +146,9 @@ class Runner:
             elif use.has_terms:
                 terms.append(AlignerLogits(part.rows, logits, part.strength))
         if ends is not None:
+            ends.keep([logits for logits, _ in results])
             proposal_logits = ends.complete(proposal_logits)
+            terms += ends.known_terms()
         assert proposal_logits is not None, "a row that draws is read by the proposal"
         draws = draw_tokens(
             proposal_logits,

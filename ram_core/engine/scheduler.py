@@ -15,19 +15,19 @@ place that nobody waits for, and gives way to everybody. Once the aligners are t
 goes on in that place.
 
 A plan may be made while earlier steps still run: the tokens that these draw are counted before they are
-known. Pages that a sequence gives back are free only when every step is done that was launched before: until
-then they are leaving. So no page is ever written for its new owner while anybody may still read or write it
-for the old one, whatever runs beside the steps. A sequence that would need a leaving page waits for it. Slots
-change hands at once: only the one stream that runs the steps touches what stands in them.
+known. A sequence that would need a page which is leaving (see `kv_memory`) waits for it. Slots change hands
+at once: only the one stream that runs the steps touches what stands in them.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import chain
 
 from ram_core.engine.fair_queue import FairQueue
+from ram_core.engine.kv_memory import KvMemory
 from ram_core.engine.pages import PageBook, pages_for
 from ram_core.engine.reading import MIN_SHARE, ReadingShares
 from ram_core.engine.rows import ScheduledRow
@@ -54,7 +54,7 @@ class Scheduler:
         max_step_tokens: int,
         max_chunk_tokens: int,
     ) -> None:
-        self.books = books
+        self.kv = KvMemory(books, page_size)
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self._page_size = page_size
@@ -62,13 +62,14 @@ class Scheduler:
         self._queue = FairQueue(quantum=max_step_tokens)
         # Choices that wait for the first of their request to have read the prompt that they share.
         self._followers: dict[Sequence, list[Sequence]] = {}
-        self._num_launched = 0
-        self._num_done = 0
-        # What was given back while steps ran: pool, pages, and the last step that was launched before.
-        self._leaving: deque[tuple[int, str, list[int]]] = deque()
         self._shares = ReadingShares(max_step_tokens, max_chunk_tokens, num_slots)
         # Those whose requests are still to come, by request; without a slot until the next plan.
         self._prefills: dict[str, Sequence] = {}
+
+    @property
+    def books(self) -> dict[str, PageBook]:
+        """The pages of each pool."""
+        return self.kv.books
 
     @property
     def waiting(self) -> list[Sequence]:
@@ -99,6 +100,33 @@ class Scheduler:
         """Have a prompt read whose request is still to come, if there is room that nobody waits for."""
         self._prefills.setdefault(sequence.request.request_id, sequence)
 
+    @property
+    def prefills(self) -> list[Sequence]:
+        """Those whose requests are still to come."""
+        return [*self._prefills.values()]
+
+    def widen(self, prefill: Sequence, lane: Lane) -> None:
+        """Have another model read a prompt whose request is still to come, if nobody waits for the pages."""
+        num_pages = pages_for(len(prefill.token_ids) + 1, self._page_size)
+        if prefill.slot < 0:
+            prefill.lanes.append(lane)
+        elif not self._queue and self.kv.has_free({lane.pool: num_pages}):
+            prefill.lanes.append(lane)
+            self.kv.reserve(prefill, len(prefill.token_ids))
+
+    def narrow(self, models: Collection[str]) -> None:
+        """Have lanes of these names read no prompt any more whose request is still to come."""
+        for prefill in self._prefills.values():
+            for lane in [each for each in prefill.lanes if each.model in models]:
+                prefill.lanes.remove(lane)
+                self.kv.give_back(lane)
+
+    def take_back(self, row: ScheduledRow) -> None:
+        """Forget a prefill's row that was given up; nobody waits for its expected weights once more."""
+        for lane, start in zip(row.lanes, row.lane_starts, strict=True):
+            lane.num_computed = start
+        self.narrow({lane.model for lane in row.lanes if lane.is_expected})
+
     def find(self, request_id: str, index: int | None) -> list[Sequence]:
         """The live sequences of a request, or the one of its choice `index`."""
         return [
@@ -128,16 +156,6 @@ class Scheduler:
         self._queue.leave(sequence)
 
     @property
-    def num_launched(self) -> int:
-        """Steps that were launched so far."""
-        return self._num_launched
-
-    @property
-    def num_done(self) -> int:
-        """Steps that have ended so far; they end in order."""
-        return self._num_done
-
-    @property
     def can_shrink(self) -> bool:
         """Whether a step may have fewer tokens than now."""
         return self._shares.can_shrink
@@ -156,30 +174,23 @@ class Scheduler:
         asked = [sequence for sequence in self.running if sequence.is_reading and not sequence.is_prefill]
         budget = self._shares.budget(len(rows), len(asked) + self._num_coming)
         started = [*self._admit(asked, budget), *self._begin_prefills()]
-        ahead = [sequence for sequence in self._prefills.values() if sequence.is_reading]
+        # Nobody else waits for weights that are still to come.
+        is_alone = not (rows or asked)
+        ahead = [each for each in self._prefills.values() if is_alone or not each.is_expecting]
         # Those put back for somebody of a better priority leave the step; their share goes to the prompts.
         rows = [row for row in rows if row.is_current]
-        reading = [sequence for sequence in (*ahead, *asked) if sequence.slot >= 0]
+        here = [sequence for sequence in (*ahead, *asked) if sequence.slot >= 0]
+        reading = [sequence for sequence in here if sequence.num_pending]
+        rows += [self._row(sequence, 0) for sequence in here if sequence.is_read]
         shares = self._shares.of(reading, [row.sequence for row in rows], self._num_coming)
         rows += [self._row(sequence, num) for sequence, num in zip(reading, shares, strict=True) if num]
         rows.sort(key=lambda row: row.num_tokens > 1)
         return Plan(tuple(rows), tuple(started))
 
-    def begin_step(self) -> None:
-        """Note that a step was launched: pages that are given back from now on wait for it."""
-        self._num_launched += 1
-
-    def end_step(self) -> None:
-        """Note that the first step that was launched and did not end is done; pages that waited are free."""
-        self._num_done += 1
-        while self._leaving and self._leaving[0][0] <= self._num_done:
-            _, pool, pages = self._leaving.popleft()
-            self.books[pool].give_back(pages)
-
     def commit(self, row: ScheduledRow, token_id: int) -> None:
         """Note the token that a row drew, unless it is void. The row must be current: what others drew is."""
         sequence = row.sequence
-        self._name_pages(sequence, row.end)
+        self.kv.name_pages(row)
         if row.keeps_end:
             return
         sequence.num_in_flight -= 1
@@ -263,17 +274,11 @@ class Scheduler:
     def _place(self, sequence: Sequence, prefixes: list[list[int]]) -> None:
         """Give a sequence a free slot and free pages, behind what its lanes found."""
         for lane, pages in zip(sequence.lanes, prefixes, strict=True):
-            self._share(lane, pages)
-        self._reserve(sequence, len(sequence.token_ids))
+            self.kv.share(lane, pages)
+        self.kv.reserve(sequence, len(sequence.token_ids))
         sequence.num_cached = sequence.lanes[0].num_computed
         sequence.slot = self._free_slots.pop()
         self.running.append(sequence)
-
-    def _share(self, lane: Lane, pages: list[int]) -> None:
-        self.books[lane.pool].share(pages)
-        lane.pages = pages
-        lane.num_named = len(pages)
-        lane.num_computed = len(pages) * self._page_size
 
     def _go_on(self, sequence: Sequence) -> bool:
         """Take the place of the one that reads the prompt before its request came, with room for the others.
@@ -282,19 +287,24 @@ class Scheduler:
         """
         if (prefill := self._prefill_of(sequence)) is None:
             return False
-        own, *others = sequence.lanes
-        found = [prefill.lanes[0].pages, *self._find_prefixes(sequence)[1:]]
+        before = {lane.model: lane for lane in prefill.lanes}
+        found = [
+            before[lane.model].pages if lane.model in before else pages
+            for lane, pages in zip(sequence.lanes, self.kv.find_prefixes(sequence), strict=True)
+        ]
         is_same = (prefill.token_ids, prefill.prefix_root) == (sequence.token_ids, sequence.prefix_root)
-        # Without an aligner it would have nothing to read, and draw nothing.
-        if not (is_same and others and prefill.slot >= 0 and self._has_room(sequence, found)):
+        if not (is_same and prefill.slot >= 0 and self.kv.has_room(sequence, found)):
             self.remove(prefill)
             return False
         del self._prefills[sequence.request.request_id]
-        before = prefill.lanes[0]
-        own.pages, own.num_computed, own.num_named = before.pages, before.num_computed, before.num_named
-        for lane, pages in zip(others, found[1:], strict=True):
-            self._share(lane, pages)
-        self._reserve(sequence, len(sequence.token_ids))
+        for lane, pages in zip(sequence.lanes, found, strict=True):
+            if (own := before.pop(lane.model, None)) is None:
+                self.kv.share(lane, pages)
+            else:
+                lane.pages, lane.num_computed, lane.num_named = own.pages, own.num_computed, own.num_named
+        for lane in before.values():
+            self.kv.give_back(lane)
+        self.kv.reserve(sequence, len(sequence.token_ids))
         sequence.num_cached, sequence.end_logits = prefill.num_cached, prefill.end_logits
         sequence.is_continued = True
         sequence.slot, prefill.slot = prefill.slot, -1
@@ -320,59 +330,20 @@ class Scheduler:
         for lane in sequence.lanes:
             lane.num_computed = max(lane.num_computed, end)
         sequence.num_in_flight += draws and not sequence.is_prefill
-        return ScheduledRow(sequence, sequence.stay, starts, end, draws)
-
-    def _find_prefixes(self, sequence: Sequence) -> list[list[int]]:
-        """For each lane the pages of the longest known prefix; the last token is always computed anew."""
-        most = (len(sequence.token_ids) - 1) // self._page_size
-        return [
-            self.books[lane.pool].find(sequence.prefix_keys(lane, most, self._page_size))
-            for lane in sequence.lanes
-        ]
-
-    def _name_pages(self, sequence: Sequence, num_tokens: int) -> None:
-        """Let others find the pages that `num_tokens` tokens fill; only a draw shows that they are sound."""
-        if sequence.prefix_root is None:
-            return
-        num_full = num_tokens // self._page_size
-        for lane in sequence.lanes:
-            if num_full > lane.num_named:
-                keys = list(sequence.prefix_keys(lane, num_full, self._page_size))
-                for index in range(lane.num_named, num_full):
-                    self.books[lane.pool].name(lane.pages[index], keys[index])
-                lane.num_named = num_full
+        return ScheduledRow(sequence, sequence.stay, tuple(sequence.lanes), starts, end, draws)
 
     def _prefixes_with_room(self, sequence: Sequence) -> list[list[int]] | None:
         """What the lanes find, if there is a slot, and pages for the rest and the first drawn token."""
         if not self._free_slots:
             return None
-        prefixes = self._find_prefixes(sequence)
-        return prefixes if self._has_room(sequence, prefixes) else None
-
-    def _has_room(self, sequence: Sequence, prefixes: list[list[int]]) -> bool:
-        needed = self._needed_behind(sequence, prefixes)
-        return all(count <= self.books[pool].num_free for pool, count in needed.items())
-
-    def _needed_behind(self, sequence: Sequence, prefixes: list[list[int]]) -> Counter[str]:
-        """Free pages that a sequence takes of each pool to start behind what its lanes found."""
-        wanted = pages_for(len(sequence.token_ids) + 1, self._page_size)
-        needed: Counter[str] = Counter()
-        for lane, found in zip(sequence.lanes, prefixes, strict=True):
-            needed[lane.pool] += wanted - len(found) + self.books[lane.pool].num_idle(found)
-        return needed
+        prefixes = self.kv.find_prefixes(sequence)
+        return prefixes if self.kv.has_room(sequence, prefixes) else None
 
     def _is_room_coming(self, sequence: Sequence) -> bool:
         """Whether a slot is free, and pages will be when the steps under way are done."""
         if not self._free_slots:
             return False
-        return self._is_coming(self._needed_behind(sequence, self._find_prefixes(sequence)))
-
-    def _is_coming(self, needed: Counter[str]) -> bool:
-        """Whether so many pages of each pool are free when the steps under way are done."""
-        free = Counter({pool: self.books[pool].num_free for pool in needed})
-        for _, pool, pages in self._leaving:
-            free[pool] += sum(self.books[pool].num_holders(page) == 1 for page in pages)
-        return bool(self._leaving) and all(free[pool] >= count for pool, count in needed.items())
+        return self.kv.is_coming(self.kv.needed_behind(sequence, self.kv.find_prefixes(sequence)))
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Reserve the next token's page, putting back worse sequences; False if it has to wait or go."""
@@ -381,8 +352,8 @@ class Scheduler:
         needed = Counter({lane.pool: 0 for lane in sequence.lanes})
         for lane in sequence.lanes:
             needed[lane.pool] += max(0, wanted - len(lane.pages))
-        while any(count > self.books[pool].num_free for pool, count in needed.items()):
-            if self._is_coming(needed):
+        while not self.kv.has_free(needed):
+            if self.kv.is_coming(needed):
                 return False
             if self._drop_prefill():
                 continue
@@ -391,13 +362,8 @@ class Scheduler:
             self.put_back(worst)
             if worst is sequence:
                 return False
-        self._reserve(sequence, total)
+        self.kv.reserve(sequence, total)
         return True
-
-    def _reserve(self, sequence: Sequence, num_tokens: int) -> None:
-        wanted = pages_for(num_tokens, self._page_size)
-        for lane in sequence.lanes:
-            lane.pages += self.books[lane.pool].take(max(0, wanted - len(lane.pages)))
 
     def _worst(self) -> Sequence | None:
         """Who gives way first: of the lowest priority the last that was admitted."""
@@ -424,13 +390,9 @@ class Scheduler:
             return
         self.running.remove(sequence)
         for lane in sequence.lanes:
-            if self._num_launched > self._num_done:
-                self._leaving.append((self._num_launched, lane.pool, lane.pages))
-            else:
-                self.books[lane.pool].give_back(lane.pages)
-            lane.pages = []
+            self.kv.give_back(lane)
         self._free_slots.append(sequence.slot)
         sequence.slot = -1
         sequence.stay += 1
         sequence.num_in_flight = 0
-        sequence.is_continued, sequence.end_logits = False, None
+        sequence.is_continued, sequence.end_logits = False, {}

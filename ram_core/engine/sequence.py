@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ram_core.engine.messages import FinishReason, Request
 from ram_core.engine.pages import PrefixKey, chain_next
+from ram_core.params import AlignerTerm
 
 
 @dataclass(slots=True)
@@ -14,7 +15,7 @@ class Lane:
     """A sequence's KV in one model: `pages` of pool `pool`, in order.
 
     `model` names the pages. It is served by `group`, or by itself if that is "": in a group that shares a
-    module, with the weights of `group_slot`; -1 elsewhere.
+    module, with the weights of `group_slot`; -1 elsewhere. With `is_expected`, these are still on their way.
 
     The first `num_computed` tokens are in them, or will be when the steps under way are done; the first
     `num_named` pages can be found by other sequences. Both mean nothing while the sequence waits.
@@ -25,6 +26,7 @@ class Lane:
     strength: float = 1.0
     group: str = ""
     group_slot: int = -1
+    is_expected: bool = False
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_named: int = 0
@@ -39,9 +41,10 @@ class Sequence:
     batch: what a step brings for an earlier stay is void. `prefix_root` starts the chain of page digests,
     None if nothing is shared.
 
-    A sequence with `is_prefill` has the proposal read a prompt before its request comes: it draws nothing.
-    `end_logits` are then what the proposal says after the prompt, on its device, for the one that goes on
-    from there, which `is_continued`. `num_cached` tokens were in the proposal's pages when the first began.
+    A sequence with `is_prefill` has the proposal read a prompt before its request comes, and perhaps some of
+    the aligners that it `awaits`: it draws nothing. `end_logits` are then what each lane's model says after
+    the prompt, on its device, for the one that goes on from there, which `is_continued`. `num_cached` tokens
+    were in the proposal's pages when the first began.
     """
 
     request: Request
@@ -59,7 +62,8 @@ class Sequence:
     has_started: bool = False
     is_prefill: bool = False
     is_continued: bool = False
-    end_logits: object = None
+    awaits: tuple[AlignerTerm, ...] = ()
+    end_logits: dict[str, object] = field(default_factory=dict)
     num_cached: int = 0
     _digests: list[bytes] = field(default_factory=list)
 
@@ -92,6 +96,16 @@ class Sequence:
     def is_reading(self) -> bool:
         """Whether it has tokens of its prompt to read."""
         return self.num_pending > (0 if self.is_prefill else 1)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all was read before its request came: it has only to draw."""
+        return not (self.num_pending or self.is_prefill)
+
+    @property
+    def is_expecting(self) -> bool:
+        """Whether it may have to wait for weights of an aligner."""
+        return any(lane.is_expected for lane in self.lanes)
 
     @property
     def may_draw(self) -> bool:

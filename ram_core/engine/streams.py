@@ -10,6 +10,8 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 
+from msgspec.structs import replace
+
 from ram_core.engine.limits import EngineLimits
 from ram_core.engine.messages import (
     Cancel,
@@ -21,6 +23,7 @@ from ram_core.engine.messages import (
     StartedEvent,
 )
 from ram_core.errors import EngineUnavailable, QueueFull, RamError
+from ram_core.params import AlignmentParams
 
 _RETRY_AFTER_S = 1.0
 
@@ -167,7 +170,8 @@ class OpenStreams:
     def prefill(self, request: Request) -> None:
         """Have a prompt read before its request comes, unless it would be refused; see `EngineClient`."""
         with suppress(RamError):
-            self.limits.check(request)
+            # Its aligners are still to come.
+            self.limits.check(replace(request, alignment=AlignmentParams()))
             with self._lock:
                 if self._trouble is None:
                     self._send(Prefill(request))

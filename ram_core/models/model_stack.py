@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ram_core.models.filling import Filling
 from ram_core.models.grouped_linear import ForwardGroups, RowGroups, forward_groups
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch
 from ram_core.models.paged import PagedModel
 from ram_core.models.stored import StoredTensor, Weight
+from ram_core.models.tied_embedding import is_tied
 
 
 class Twin(Protocol):
@@ -29,7 +32,9 @@ class Twin(Protocol):
 class ModelStack:
     """Some models in one module. Each token of a forward is computed with the weights of its slot.
 
-    Filling a slot disturbs no forward of the others: on a device, copies run on a stream of their own.
+    Filling a slot disturbs no forward of the others: on a device, copies run on a stream of their own. On CPU
+    one of the slot itself may run meanwhile: every leaf waits for its weights.
+
     `slot_bytes` are the bytes of what a slot has for itself.
     """
 
@@ -44,14 +49,19 @@ class ModelStack:
         if paged.device.type == "cuda":
             self._stream = torch.cuda.Stream(paged.device)  # type: ignore[no-untyped-call]
         self._staged: dict[int, tuple[torch.cuda.Event, object]] = {}
+        self._fillings: dict[int, Filling] = {}
 
     def forward(
         self, batch: PackedBatch, pool: KvPool, slots: Int64[Tensor, " token"]
     ) -> Float[Tensor, "logit padded_vocab"]:
-        """Advance every row, as `PagedModel.forward`; on a device, shapes do not depend on `slots`."""
+        """Advance every row, as `PagedModel.forward`; on a device, shapes do not depend on `slots`.
+
+        Raises:
+            WeightsMissing: a slot is being filled, and its weights have not come soon enough.
+        """
         tokens = RowGroups.of(slots, self.num_slots)
         logits = RowGroups.of(slots[batch.logit_tokens], self.num_slots)
-        with forward_groups(ForwardGroups(tokens, logits)):
+        with forward_groups(ForwardGroups(tokens, logits)), self._awaiting(tokens):
             return self.paged.forward(batch, pool)
 
     def settle(self, slot: int) -> None:
@@ -77,21 +87,47 @@ class ModelStack:
     def _copy(self, slot: int, weights: Mapping[str, Mapping[str, Weight]]) -> None:
         """Fill a slot; `weights` are by twin."""
         if self._stream is None:
-            self._stage_twins(slot, weights)
+            self._fill(slot, weights)
             return
         source = {twin: {name: _pinned(each) for name, each in own.items()} for twin, own in weights.items()}
         # Steps that the caller launched may still read what the slot held.
         self._stream.wait_stream(torch.cuda.current_stream(self.paged.device))
         with torch.cuda.stream(self._stream):
-            self._stage_twins(slot, source)
+            for name, twin in self._twins.items():
+                twin.stage(slot, source.get(name, {}))
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         # The source must outlive the copies.
         self._staged[slot] = (done, source)
 
-    def _stage_twins(self, slot: int, weights: Mapping[str, Mapping[str, Weight]]) -> None:
-        for name, twin in self._twins.items():
-            twin.stage(slot, weights.get(name, {}))
+    def _fill(self, slot: int, weights: Mapping[str, Mapping[str, Weight]]) -> None:
+        filling = self._fillings[slot] = Filling(len(self._twins))
+        try:
+            for name, twin in self._twins.items():
+                twin.stage(slot, weights.get(name, {}))
+                filling.bring()
+        except BaseException:
+            # It stays: whoever has not heard of it yet must not run on what there is.
+            filling.give_up()
+            raise
+        del self._fillings[slot]
+
+    @contextmanager
+    def _awaiting(self, tokens: RowGroups) -> Iterator[None]:
+        """Wait, leaf by leaf, for weights of tokens' slots that are on their way."""
+        with ExitStack() as waits:
+            # Seldom any, so that a step is not looked at for nothing.
+            for slot, filling in [*self._fillings.items()]:
+                if any(slot == used for used, _ in tokens.spans or ()):
+                    waits.enter_context(filling.awaited(self._leaves()))
+            yield
+
+    def _leaves(self) -> dict[nn.Module, int]:
+        """What reads weights, with its place in the order in which they come."""
+        model, places = self.paged.model, {name: place for place, name in enumerate(self._twins)}
+        leaves = {model.get_submodule(name): place for name, place in places.items()}
+        tied = [module for module in model.modules() if is_tied(module) and module.head in leaves]
+        return leaves | {embedding: leaves[embedding.head] for embedding in tied}
 
 
 def _pinned(weight: Weight) -> Weight:

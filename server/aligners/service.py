@@ -7,12 +7,13 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ram_core.aligners.directory import AlignersDirectory, Changes
 from ram_core.aligners.manifest import Manifest
 from ram_core.aligners.registry import AlignerRegistry, RegistryLimits
-from ram_core.aligners.states import AlignerStatus, AskedAligner, Grant, State, VersionKey
+from ram_core.aligners.states import AlignerStatus, AskedAligner, Grant, Resolution, State, VersionKey
 from ram_core.engine.client import EngineClient
 from ram_core.errors import (
     AlignerUnavailable,
@@ -135,12 +136,12 @@ class AlignerService:
         asked: Iterable[AskedAligner],
         *,
         sticky_key: str,
-        on_loading: Callable[[], None] = lambda: None,
+        on_loading: Callable[[Lease], None] = lambda lease: None,
     ) -> Lease:
         """Versions for a request, waited for if need be; `release` gives them back.
 
-        `on_loading` is called if it waits, as soon as the engine loads an aligner, perhaps another's.
-        If it is cancelled or raises, there is nothing to give back.
+        `on_loading` is called if it waits, as soon as the engine loads an aligner, perhaps another's: with
+        the lease that it will get. If it is cancelled or raises, there is nothing to give back.
 
         Raises:
             UnknownModel, InvalidRequest: a name that nobody answers to, or a senseless sum of aligners.
@@ -157,7 +158,8 @@ class AlignerService:
         try:
             self._ask(request_id, asked, sticky_key)
             if not answer.done():
-                self._to_tell[request_id] = on_loading
+                lease = self._lease(self.registry.awaited_by(request_id))
+                self._to_tell[request_id] = partial(on_loading, lease)
                 if self._executor.is_loading:
                     self._tell_loading()
             grant = await answer
@@ -167,7 +169,7 @@ class AlignerService:
         finally:
             self._to_tell.pop(request_id, None)
             del self._answers[request_id]
-        return self._lease(grant)
+        return self._lease(grant.resolution)
 
     def _tell_loading(self) -> None:
         waiting, self._to_tell = self._to_tell, {}
@@ -193,8 +195,7 @@ class AlignerService:
             ) from None
         self._executor.do(actions)
 
-    def _lease(self, grant: Grant) -> Lease:
-        resolution = grant.resolution
+    def _lease(self, resolution: Resolution) -> Lease:
         aligners = tuple(
             LentAligner(*key, strength)
             for key, strength in zip(resolution.chosen, resolution.strengths, strict=True)

@@ -104,10 +104,10 @@ async def answer(
     announced: list[Request] = []
     is_admitted = False
 
-    def announce() -> None:
+    def announce(lease: Lease) -> None:
         announced.extend(requests)
         for request in requests:
-            engine.prefill(request)
+            engine.prefill(replace(request, alignment=aligned(ask, lease)))
 
     try:
         sticky_key = _sticky_key(caller, ask) or renderer.id

@@ -10,7 +10,6 @@ import msgspec
 import pytest
 import torch
 
-from ram_core.engine import device
 from ram_core.engine.engine import Engine
 from ram_core.engine.messages import (
     Cancel,
@@ -24,7 +23,9 @@ from ram_core.engine.messages import (
 )
 from ram_core.engine.rows import ScheduledRow
 from ram_core.engine.runner import LaunchedStep, Runner
+from ram_core.engine.turnover import Turnover
 from ram_core.errors import AlignerUnavailable, NonFiniteLogits
+from ram_core.models.cores import one_thread
 from ram_core.params import AlignmentParams, SamplingParams
 from tests.exactness.test_broken_numbers import BROKEN, spoilt
 from tests.exactness.test_engine import ALIGNED, IDENTITY, TERSE, TWICE, anew
@@ -254,11 +255,15 @@ def test_it_takes_one_core_of_the_load(loaded: Engine, monkeypatch: pytest.Monke
     monkeypatch.setattr(Runner, "launch", watched)
     engine = anew(loaded)
     try:
-        read_ahead(engine, ask(5))
-        drain(engine, ask(5))
+        with monkeypatch.context() as patch:
+            patch.setattr(Turnover, "is_loading", True)
+            read_ahead(engine, ask(5))
+            drain(engine, ask(5))
         assert seen == [1] + [2] * SAMPLED.max_tokens
+        read_ahead(engine, ask(5))
+        assert seen[-1] == 2, "there is no load"
         assert torch.get_num_threads() == 2
-        with pytest.raises(KeyError), device.one_thread():
+        with pytest.raises(KeyError), one_thread():
             raise KeyError
         assert torch.get_num_threads() == 2
     finally:

@@ -1,8 +1,9 @@
-"""While a request waits for its aligner, the proposal reads its prompt."""
+"""While a request waits for its aligner, its prompt is read."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from ram_core.engine.pace import Pace
+from ram_core.engine.prompt_ends import PromptEnds
+from ram_core.params import AlignerTerm
 from tests.http.house import CHAT, House, Models, house, make_models
 from tests.http.standin import chat, wait_until
 
@@ -24,7 +28,7 @@ def running(models: Models, tmp_path: Path) -> Iterator[House]:
     """An engine that has no aligner, and is given none for now."""
     for model, name in (("one", "polite"), ("two", "terse")):
         models.put(model, tmp_path / name / "v1")
-    with house(models, tmp_path, preload=()) as found:
+    with house(models, tmp_path, preload=(), slots=2) as found:
         found.is_holding = True
         yield found
 
@@ -59,6 +63,35 @@ def test_the_answer_goes_on_from_there(running: House) -> None:
     assert said(answer) == said(again)
     wait_until(lambda: is_read(running, 0))
     assert running.engine.stats.num_pages_used == 0
+
+
+def test_the_aligner_has_read_it_too_when_it_is_there(
+    running: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that joins another of its kind."""
+    running.is_holding = False
+    assert running.ask("terse").status_code == 200
+    running.is_holding = True
+    known: list[int] = []
+    known_terms = PromptEnds.known_terms
+
+    def counted(ends: PromptEnds) -> object:
+        terms = known_terms(ends)
+        known.append(len(terms))
+        return terms
+
+    monkeypatch.setattr(PromptEnds, "known_terms", counted)
+    # A load that takes its time.
+    monkeypatch.setattr(Pace, "rest", lambda pace: time.sleep(0.01))
+    with asked(running, alignment={"strength": 0.5}, logprobs=True) as waiting:
+        wait_until(lambda: is_read(running))
+        [prefill] = running.engine._engine._scheduler.prefills
+        assert prefill.awaits == (AlignerTerm("polite@v1", 0.5),)
+        running.release_loads()
+        answer = waiting.result()
+    assert known[-1] == 1
+    again = running.ask(alignment={"strength": 0.5}, logprobs=True, prompt_cache_key="another")
+    assert said(answer) == said(again)
 
 
 def test_it_is_read_once_a_load_that_was_under_way_before_goes_on(running: House) -> None:

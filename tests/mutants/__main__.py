@@ -29,6 +29,7 @@ from tests.mutants.bench import BENCH_MUTANTS
 from tests.mutants.calibration import CALIBRATION_MUTANTS
 from tests.mutants.engine import ENGINE_MUTANTS
 from tests.mutants.evaluation import EVALUATION_MUTANTS
+from tests.mutants.filling import FILLING_MUTANTS
 from tests.mutants.hot_loading import HOT_LOADING_MUTANTS
 from tests.mutants.models import MODEL_MUTANTS
 from tests.mutants.prefill import PREFILL_MUTANTS
@@ -47,6 +48,7 @@ MUTANTS = [
     *BANK_MUTANTS,
     *HOT_LOADING_MUTANTS,
     *PREFILL_MUTANTS,
+    *FILLING_MUTANTS,
     *START_MUTANTS,
     *EVALUATION_MUTANTS,
     *BENCH_MUTANTS,

@@ -82,7 +82,7 @@ BANK_MUTANTS = [
         "ram_core/engine/aligner_groups.py",
         _SWAP,
         ("place.slot if self.is_stacked else -1", "0 if self.is_stacked else -1"),
-        ("self._places[name] = Place(slot, next(_numbers))", "self._places[name] = Place(0, next(_numbers))"),
+        ("expected or Place(slot, next(_numbers))", "expected or Place(0, next(_numbers))"),
     ),
     *mutants(
         "ram_core/engine/aligner_groups.py",

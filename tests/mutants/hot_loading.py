@@ -30,7 +30,7 @@ HOT_LOADING_MUTANTS = [
     *mutants(
         "ram_core/engine/turnover.py",
         _FREEING,
-        ("self._leaving[0].last_step <= self._scheduler.num_done", "True"),
+        ("self._leaving[0].last_step <= self._scheduler.kv.num_done", "True"),
         ("                self._scheduler.remove(sequence)", "                pass"),
     ),
     *mutants(
@@ -38,12 +38,21 @@ HOT_LOADING_MUTANTS = [
         _BEFORE,
         ("self._abandoned.add(aligner)", "pass"),
         (
-            "            turn_away(arrived.newcomers)\n            self._outcomes.append(AlignerFreed",
+            "            turn_away(arrived.newcomers)\n"
+            "            self._renounce()\n"
             "            self._outcomes.append(AlignerFreed",
+            "            self._renounce()\n            self._outcomes.append(AlignerFreed",
         ),
         ("elif all(order.aligner != known.aligner", "elif all(True"),
     ),
-    *mutants("ram_core/engine/turnover.py", _RECORDED, ("self._forget(group)", "pass")),
+    *mutants(
+        "ram_core/engine/turnover.py",
+        _RECORDED,
+        (
+            "                self._forget(group)\n            for book",
+            "                pass\n            for book",
+        ),
+    ),
     *mutants(
         "ram_core/engine/turnover.py",
         _PAGES,
@@ -148,7 +157,7 @@ HOT_LOADING_MUTANTS = [
         ("(1 - share) / share", "1 / share"),
     ),
     *mutants(
-        "ram_core/engine/newcomers.py",
+        "ram_core/engine/load_share.py",
         _PACED,
         ("        self.pace.rest()\n", "        pass\n"),
     ),

@@ -64,7 +64,8 @@ def make_choices(
 class Traffic(RuleBasedStateMachine):
     """Requests come, are cancelled, and are served, with up to one step under way.
 
-    Of some, the proposal reads the prompt before they come, and what it says at the end is kept.
+    Of some, the proposal reads the prompt before they come, and so do aligners that join it: what they say at
+    the end is kept. A step that waits for an aligner's weights may be given up.
     """
 
     living = Bundle("living")
@@ -159,6 +160,26 @@ class Traffic(RuleBasedStateMachine):
             self.step(depth=1)
         return name
 
+    @rule(request=coming, model=st.sampled_from(["polite", "terse"]), times=st.integers(0, 2))
+    def join(self, request: Request, model: str, times: int) -> None:
+        prefill = self.announced[request.request_id]
+        if prefill in self.scheduler.prefills and all(lane.model != model for lane in prefill.lanes):
+            self.scheduler.widen(prefill, Lane(model, "a", is_expected=True))
+        for _ in range(times):
+            self.step(depth=1)
+
+    @rule()
+    def weights_come(self) -> None:
+        for prefill in self.scheduler.prefills:
+            for lane in prefill.lanes:
+                lane.is_expected = False
+
+    @rule(model=st.sampled_from(["polite", "terse"]))
+    def renounce(self, model: str) -> None:
+        self.scheduler.narrow({model})
+        for pool in self.books.values():
+            pool.drop({model})
+
     @rule(request=consumes(coming))
     def take_back(self, request: Request) -> None:
         announced = self.announced.pop(request.request_id)
@@ -173,22 +194,28 @@ class Traffic(RuleBasedStateMachine):
             if not sequence.is_prefill:
                 self.end(sequence)
 
-    @rule(depth=st.integers(0, 1), times=st.integers(1, 5))
-    def serve(self, depth: int, times: int) -> None:
+    @rule(depth=st.integers(0, 1), times=st.integers(1, 5), is_patient=st.sampled_from([True, True, False]))
+    def serve(self, depth: int, times: int, is_patient: bool) -> None:
         for _ in range(times):
-            self.step(depth)
+            self.step(depth, is_patient=is_patient)
 
     @rule()
     def shrink(self) -> None:
         self.scheduler.shrink()
 
-    def step(self, depth: int) -> bool:
+    def step(self, depth: int, *, is_patient: bool = True) -> bool:
         """Whether anything was planned, or came back."""
         had_work = bool(self.under_way)
         plan = self.scheduler.plan()
         self.check_plan(plan)
+        if not is_patient and any(row.sequence.is_expecting for row in plan.rows):
+            for row in plan.rows:
+                self.scheduler.take_back(row)
+            return True
         for row in plan.rows:
             self.compute(row)
+            if row.draws and not row.keeps_end:
+                row.sequence.end_logits.clear()
         if plan.rows:
             self.under_way.append(plan)
         while len(self.under_way) > (depth if plan.rows else 0):
@@ -200,7 +227,9 @@ class Traffic(RuleBasedStateMachine):
         assert len({row.sequence for row in plan.rows}) == len(plan.rows) <= NUM_SLOTS
         lengths = [row.num_tokens > 1 for row in plan.rows]
         assert lengths == sorted(lengths)
-        assert all(row.num_tokens > 0 for row in plan.rows)
+        assert all(row.num_tokens > 0 or row.knows_end for row in plan.rows)
+        if any(row.sequence.is_expecting for row in plan.rows):
+            assert all(row.sequence.is_prefill for row in plan.rows), "nobody waits for weights of others"
         slots = [sequence.slot for sequence in self.scheduler.running]
         assert len(set(slots)) == len(slots)
         assert all(0 <= slot < NUM_SLOTS for slot in slots)
@@ -209,13 +238,11 @@ class Traffic(RuleBasedStateMachine):
         """Write what a forward would, and read what its attention would."""
         sequence = row.sequence
         text = self.text_of(sequence, row.end)
-        if row.knows_end:
-            assert sequence.end_logits == text
-            sequence.end_logits = None
-        if row.keeps_end:
-            assert not row.knows_end
-            sequence.end_logits = text
-        for lane, start in zip(sequence.lanes, row.lane_starts, strict=True):
+        for lane, start in zip(row.lanes, row.lane_starts, strict=True):
+            if row.draws and start == row.end:
+                assert sequence.end_logits[lane.model] == text
+            elif row.keeps_end:
+                sequence.end_logits[lane.model] = text
             for position in range(start, row.end):
                 page = lane.pages[position // PAGE_SIZE]
                 assert self.books[lane.pool].num_holders(page) == 1, "two may write to one page"
