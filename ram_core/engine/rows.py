@@ -37,8 +37,8 @@ class ScheduledRow:
 
     @property
     def knows_end(self) -> bool:
-        """Whether what some of its models say at the end was kept before: they read nothing."""
-        return self.draws and max(self.lane_starts) == self.end
+        """Whether what the proposal, at least, says at the end was kept before: it reads nothing."""
+        return self.draws and self.lane_starts[0] == self.end
 
     @property
     def is_plain(self) -> bool:

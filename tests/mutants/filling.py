@@ -22,11 +22,6 @@ FILLING_MUTANTS = [
         ),
     ),
     *mutants(
-        "ram_core/engine/rows.py",
-        _COMES_SAME,
-        ("max(self.lane_starts) == self.end", "self.lane_starts[0] == self.end"),
-    ),
-    *mutants(
         "ram_core/models/filling.py",
         _FILLING,
         ("            self._num_there += 1\n", "            self._num_there += 2\n"),

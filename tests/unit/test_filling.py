@@ -83,9 +83,24 @@ def test_nobody_waits_for_ever(
     assert seen == ["first", "second"]
 
 
-def test_who_waits_hears_that_no_more_will_come(leaves: dict[nn.Module, int], seen: list[str]) -> None:
+def test_who_waits_hears_that_no_more_will_come(
+    leaves: dict[nn.Module, int], seen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "_PATIENCE_S", 30)
+    own = Filling(2)
+    threading.Timer(0.02, own.give_up).start()
+    began = time.monotonic()
+    with pytest.raises(WeightsMissing):
+        run(own, leaves)
+    assert time.monotonic() - began < 10
+    assert seen == []
+
+
+def test_nothing_runs_on_what_may_be_overwritten(leaves: dict[nn.Module, int], seen: list[str]) -> None:
     filling = Filling(2)
-    threading.Timer(0.02, filling.give_up).start()
+    filling.bring()
+    filling.bring()
+    filling.give_up()
     with pytest.raises(WeightsMissing):
         run(filling, leaves)
     assert seen == []
