@@ -10,10 +10,10 @@ import torch
 
 from ram_core.engine import runner
 from ram_core.engine.engine import Engine
+from ram_core.engine.kv_memory import KvMemory
 from ram_core.engine.messages import Cancel, FailedEvent, Request, TokenEvent
 from ram_core.engine.pages import pages_for
 from ram_core.engine.runner import LaunchedStep, Runner
-from ram_core.engine.scheduler import Scheduler
 from ram_core.engine.sequence import Sequence
 from ram_core.errors import EngineOutOfMemory
 from ram_core.models.packing import PackedBatch
@@ -121,7 +121,7 @@ class LateSteps:
         written: dict[Use, Sequence] = {}
         size = self.engine.bank.page_size
         for row in step.rows:
-            for lane, start in zip(row.sequence.lanes, row.lane_starts, strict=True):
+            for lane, start in zip(row.lanes, row.lane_starts, strict=True):
                 for index, page in enumerate(lane.pages[: pages_for(row.end, size)]):
                     used.setdefault((lane.pool, page), set()).add(row.sequence)
                     if index >= start // size:
@@ -150,8 +150,8 @@ def test_no_page_of_a_step_is_free_or_rewritten_before_the_step_is_done(
     tight = replace(loaded.config, kv_memory_bytes=31 * page_bytes(loaded), max_model_len=60)
     engine = Engine.load(replace(tight, is_overlapping=True))
     if is_broken:
-        monkeypatch.setattr(Scheduler, "begin_step", lambda self: None)
-        monkeypatch.setattr(Scheduler, "end_step", lambda self: None)
+        monkeypatch.setattr(KvMemory, "begin_step", lambda self: None)
+        monkeypatch.setattr(KvMemory, "end_step", lambda self: None)
     steps = LateSteps(monkeypatch, engine)
     gone = Request("gone", PROMPTS[3], SamplingParams(max_tokens=20, ignore_eos=True), ALIGNED)
     engine.handle(gone)
