@@ -35,10 +35,10 @@ class Request(Struct, frozen=True, tag=True, array_like=True):
 
 
 class Prefill(Struct, frozen=True, tag=True, array_like=True):
-    """Have the proposal read the prompt of a request that still waits for its aligners, if there is room.
+    """Have the prompt of a request read that still waits for its aligners, if there is room.
 
-    The `Request` of the same id goes on from there; `Cancel` ends it, and so does whoever needs its place. No
-    event tells of it.
+    The proposal reads it, and aligners that it names as their weights come. The `Request` of the same id goes
+    on from there; `Cancel` ends it, and so does whoever needs its place. No event tells of it.
     """
 
     request: Request

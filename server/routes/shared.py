@@ -135,7 +135,7 @@ async def answer(
 
 
 def _requests(caller: Caller, ask: Ask, prompts: list[tuple[int, ...]], answer_id: str) -> list[Request]:
-    """What the engine is asked, for the proposal alone: nobody knows yet which aligners there are."""
+    """What the engine is asked, for the proposal alone: aligners are named once they are lent."""
     return [
         Request(
             f"{answer_id}-{number}",
