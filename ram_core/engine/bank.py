@@ -13,10 +13,12 @@ from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.limits import EngineLimits
 from ram_core.engine.newcomers import Newcomer, Terms
 from ram_core.engine.plan import StartPlan
+from ram_core.engine.sequence import Lane
 from ram_core.models.kv import KvPool
 from ram_core.models.packing import PackedBatch
 from ram_core.models.paged import PagedModel
 from ram_core.models.tensor_parallel import Ranks
+from ram_core.params import AlignerTerm
 
 PROPOSAL_POOL = "proposal"
 PROPOSAL = "proposal"
@@ -113,6 +115,11 @@ class ModelBank:
             for name, pool in self.pools.items()
             if name != self.proposal_pool and pool.geometry == group.model.geometry
         )
+
+    def lane(self, group: AlignerGroup, term: AlignerTerm) -> Lane:
+        """What a new sequence keeps for life of an aligner of a group, in the version that is current now."""
+        model, slot = group.lane(term.aligner)
+        return Lane(model, self.pool_for(group), term.strength, group.name, slot)
 
     def remove(self, aligner: str) -> tuple[tuple[AlignerGroup, int], ...]:
         """Let nobody ask for an aligner any more; returns where its weights still are."""

@@ -50,7 +50,7 @@ from ram_core.models.backends import can_be_recorded
 from ram_core.models.compilation import compile_layers
 from ram_core.models.cores import one_thread
 from ram_core.models.filling import WeightsMissing
-from ram_core.params import AlignerTerm, AlignmentParams, SamplingParams
+from ram_core.params import AlignmentParams, SamplingParams
 from ram_core.resampling import warm_up
 
 logger = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ class Engine:
         alignment = request.alignment
         lanes = [Lane(PROPOSAL, self.bank.proposal_pool)]
         if not alignment.is_identity:
-            lanes += [self._make_lane(term) for term in alignment.terms]
+            lanes += [self.bank.lane(self.bank.group_of[term.aligner], term) for term in alignment.terms]
         eos = frozenset() if request.sampling.ignore_eos else self.bank.eos_ids
         return Sequence(
             request=request,
@@ -330,12 +330,6 @@ class Engine:
             token_ids=list(request.prompt_ids),
             prefix_root=prefix_root,
         )
-
-    def _make_lane(self, term: AlignerTerm) -> Lane:
-        """In the version of the aligner that is current now, which the sequence keeps."""
-        group = self.bank.group_of[term.aligner]
-        model, slot = group.lane(term.aligner)
-        return Lane(model, self.bank.pool_of[term.aligner], term.strength, group.name, slot)
 
     def _tell_started(self, started: Rows[Sequence]) -> list[Event]:
         """One event a request, when its first choice leaves the queue for the first time."""

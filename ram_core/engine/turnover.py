@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 from ram_core.engine.aligner_groups import AlignerGroup
 from ram_core.engine.aligner_loads import AlignerLoads, Arrived, Expected
@@ -120,11 +119,8 @@ class Turnover:
         """The lane of the one of a prompt's aligners whose weights are nearly there, if any."""
         if (newcomer := self._expected) is None:
             return []
-        group = newcomer.group
-        model, slot = group.lane(newcomer.name)
-        lane = partial(Lane, model, self._bank.pool_for(group), group=group.name, group_slot=slot)
         return [
-            lane(strength=term.strength, is_expected=True)
+            replace(self._bank.lane(newcomer.group, term), is_expected=True)
             for term in prefill.awaits
             if term.aligner == newcomer.name
         ]

@@ -357,9 +357,11 @@ ENGINE_MUTANTS = [
         ("            if sequence.index == 0:", "            if True:"),
     ),
     *mutants(
+        "ram_core/engine/bank.py", _GREEDY, ("self.pool_for(group), term.strength", "self.pool_for(group)")
+    ),
+    *mutants(
         "ram_core/engine/engine.py",
         _GREEDY,
-        ("self.bank.pool_of[term.aligner], term.strength", "self.bank.pool_of[term.aligner]"),
         ("            self._runner.start(sequence)", "            pass"),
     ),
     *mutants(

@@ -71,7 +71,10 @@ FILLING_MUTANTS = [
         ),
         ("if expected.order.aligner in self._abandoned or newcomer.name", "if newcomer.name"),
         ("            if term.aligner == newcomer.name\n", ""),
-        ("lane(strength=term.strength, is_expected=True)", "lane(strength=term.strength)"),
+        (
+            "replace(self._bank.lane(newcomer.group, term), is_expected=True)",
+            "self._bank.lane(newcomer.group, term)",
+        ),
     ),
     *mutants(
         "ram_core/engine/aligner_groups.py",
